@@ -1,0 +1,224 @@
+"""Damaged and foreign files end in one line that names file and key, and leave nothing behind."""
+
+import json
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, made_up_arrays
+
+import collect_data
+import evaluate
+import train_bc
+import train_reward
+import vdn_rlhf
+
+EXPERT = ROOT / "policies" / "spread" / "expert.pt"
+
+
+def arrays_with(**changes) -> dict:
+    return made_up_arrays() | changes
+
+
+def with_value(key: str, index: tuple, value) -> dict:
+    arrays = made_up_arrays()
+    arrays[key] = arrays[key].astype(np.result_type(arrays[key], np.int16) if key != "observations" else np.float32)
+    arrays[key][index] = value
+    return arrays
+
+
+def with_meta(**changes) -> dict:
+    meta = json.loads(str(made_up_arrays()["meta"])) | changes
+    return arrays_with(meta=np.array(json.dumps(meta)))
+
+
+def lacking(key: str) -> dict:
+    return {k: v for k, v in made_up_arrays().items() if k != key}
+
+
+BAD_DATASETS = {
+    "observations are NaN": (with_value("observations", (3, 2, 1, 0), np.nan), "'observations'.*NaN"),
+    "observations are infinite": (with_value("observations", (3, 2, 1, 0), np.inf), "'observations'.*infinite"),
+    "observations missing": (lacking("observations"), "'observations' is missing"),
+    "observations of integers": (arrays_with(observations=np.zeros((60, 10, 4, 5), np.int32)), "'observations'.*int32"),
+    "observations too short": (arrays_with(observations=np.zeros((60, 9, 4, 5), np.float32)), "'observations'.*shape"),
+    "observations of objects": (arrays_with(observations=np.array([{}])), "not a dataset"),
+    "actions missing": (lacking("actions"), "'actions' is missing"),
+    "actions too large": (with_value("actions", (0, 0, 0), 7), "'actions' has values from 0 to 7.*7 actions"),
+    "actions negative": (with_value("actions", (0, 0, 0), -1), "'actions' has values from -1"),
+    "actions of floats": (arrays_with(actions=made_up_arrays()["actions"].astype(np.float32)), "'actions'.*float32"),
+    "actions empty": (arrays_with(actions=np.zeros((0, 9, 4), np.uint8)), "'actions' is empty"),
+    "pairs too large": (with_value("pairs", (0, 0), 60), "'pairs'.*0 .. 59"),
+    "pairs negative": (with_value("pairs", (0, 0), -1), "'pairs'.*0 .. 59"),
+    "pairs with themselves": (with_value("pairs", (0,), 5), "'pairs' compares"),
+    "pairs of three": (arrays_with(pairs=np.zeros((400, 3), np.int32)), "'pairs'.*shape"),
+    "labels of zero": (with_value("labels", (0, 0), 0), "'labels'"),
+    "labels too few": (arrays_with(labels=made_up_arrays()["labels"][:-1]), "'labels' has 399 rows"),
+    "labels of other agents": (arrays_with(labels=np.ones((400, 3), np.int8)), "'labels'.*shape"),
+    "block crossed": (arrays_with(block=np.arange(60, dtype=np.int32)), "'block'"),
+    "true rewards NaN": (arrays_with(true_rewards=np.full((60, 9, 4), np.nan, np.float32)), "'true_rewards'.*NaN"),
+    "meta missing": (lacking("meta"), "'meta' is missing"),
+    "meta no JSON": (arrays_with(meta=np.array("{")), "not a dataset"),
+    "meta a list": (arrays_with(meta=np.array("[]")), "'meta'"),
+    "another format": (with_meta(format=2), "'meta'.*format 2"),
+    "another game": (with_meta(env="spread"), "'meta'.*'spread'; pass --env spread"),
+    "no number of actions": (with_meta(num_actions=None), "'meta'.*num_actions None"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATASETS)
+def test_bad_dataset(case, tmp_path):
+    arrays, message = BAD_DATASETS[case]
+    path = tmp_path / "dataset.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(UserErrors, match=f"dataset.npz: .*{message}") as error:
+        train_reward.main(train_reward.Args(env="made-up", data_path=str(path), device="cpu"))
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["dataset.npz"]
+
+
+UserErrors = (collect_data.UserError, train_reward.UserError, train_bc.UserError, vdn_rlhf.UserError, evaluate.UserError)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"hello", pickle.dumps({"a": 1})])
+def test_file_that_is_no_dataset(content, tmp_path):
+    path = tmp_path / "dataset.npz"
+    path.write_bytes(content)
+    with pytest.raises(UserErrors, match=r"dataset.npz: truncated or not a dataset"):
+        train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
+
+
+def test_truncated_dataset(spread_data, tmp_path):
+    path = tmp_path / "dataset.npz"
+    path.write_bytes(spread_data.read_bytes()[:100_000])
+    with pytest.raises(UserErrors, match=r"dataset.npz: truncated or not a dataset"):
+        train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
+
+
+def test_spread_dataset_of_other_sizes(tmp_path):
+    path = tmp_path / "dataset.npz"
+    np.savez(path, **with_meta(env="spread"))
+    with pytest.raises(UserErrors, match=r"dataset.npz: .*\(4, 5, 7, 9\) but spread has \(3, 18, 5, 25\)"):
+        train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_bad_policy_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(EXPERT, weights_only=True)
+
+    def changed(**changes):
+        return lambda path: torch.save(good | changes, path)
+
+    shape = good["meta"]["network"]
+    bigger, nan = shape | {"observation_dim": 19}, {k: torch.full_like(v, torch.nan) for k, v in good["state_dict"].items()}
+    cases = [
+        ("cannot be read", lambda path: None),
+        ("truncated or not a checkpoint", lambda path: path.write_bytes(EXPERT.read_bytes()[:5000])),
+        ("truncated or not a checkpoint", lambda path: path.write_bytes(b"hello")),
+        ("truncated or not a checkpoint", lambda path: path.write_bytes(pickle.dumps(Bomb()))),
+        ("truncated or not a checkpoint", lambda path: torch.save(good | {"extra": Bomb()}, path)),
+        ("'format' is missing or no int", lambda path: torch.save({"a": 1}, path)),
+        ("'format' is missing or no int", lambda path: torch.save([1, 2], path)),
+        ("'format' is 9", changed(format=9)),
+        ("'kind' is 'reward', expected 'vdn' or 'bc'", changed(kind="reward")),
+        ("'state_dict' is missing", changed(state_dict=3)),
+        ("'state_dict' or 'meta' is damaged", changed(state_dict={})),
+        ("'state_dict' or 'meta' is damaged", changed(meta=good["meta"] | {"network": bigger})),
+        ("'state_dict' or 'meta' is damaged", changed(meta={})),
+        ("'state_dict' has values that are NaN", changed(state_dict=nan)),
+        ("'meta' says it plays 'chess'", changed(meta=good["meta"] | {"env": "chess"})),
+    ]
+    path = tmp_path / "policy.pt"
+    for message, write in cases:
+        path.unlink(missing_ok=True)
+        write(path)
+        with pytest.raises(evaluate.UserError) as error:
+            evaluate.main(evaluate.Args(str(path), env="spread", num_episodes=1, device="cpu"))
+        assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_models_of_other_dimensions(spread_data, made_up_data, tmp_path):
+    """A reward model or BC policy of another game, named by the user."""
+    small = dict(max_epochs=1, hidden_dim=8, device="cpu")
+    paths = {}
+    for env, data_path in (("spread", spread_data), ("made-up", made_up_data)):
+        paths[env] = dict(reward_path=str(tmp_path / f"{env}-reward.pt"), bc_path=str(tmp_path / f"{env}-bc.pt"))
+        common = dict(env=env, data_path=str(data_path), **small)
+        train_reward.main(train_reward.Args(reward_path=paths[env]["reward_path"], **common))
+        train_bc.main(train_bc.Args(bc_path=paths[env]["bc_path"], **common))
+    vdn = dict(data_path=str(spread_data), vdn_path=str(tmp_path / "vdn.pt"), num_updates=1, device="cpu")
+    for wrong in ("reward_path", "bc_path"):
+        files = paths["spread"] | {wrong: paths["made-up"][wrong]}
+        with pytest.raises(vdn_rlhf.UserError, match=rf"{Path(files[wrong]).name}: 'meta' has .*observation_dim"):
+            vdn_rlhf.main(vdn_rlhf.Args(**files, **vdn))
+    with pytest.raises(vdn_rlhf.UserError, match=r"spread-bc.pt: 'kind' is 'bc', expected 'reward'"):
+        vdn_rlhf.main(vdn_rlhf.Args(**paths["spread"] | {"reward_path": paths["spread"]["bc_path"]}, **vdn))
+    assert not (tmp_path / "vdn.pt").exists()
+
+
+@pytest.mark.parametrize("named", ["data_path", "reward_path", "bc_path"])
+def test_named_files_must_exist(named, spread_data, tmp_path):
+    files = dict(data_path=str(spread_data), reward_path=str(EXPERT), bc_path=str(EXPERT))
+    with pytest.raises(vdn_rlhf.UserError, match=r"nowhere: no such file"):
+        vdn_rlhf.main(vdn_rlhf.Args(**files | {named: str(tmp_path / "nowhere")}, device="cpu"))
+
+
+def test_unknown_dataset_through_the_pipeline(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        vdn_rlhf.main(vdn_rlhf.Args(dataset="diverse", device="cpu"))
+    assert exit.value.code == 2
+    assert "--dataset diverse: unknown mixture" in capfd.readouterr().err
+
+
+def test_full_disk_leaves_the_old_file_and_nothing_else(spread_data, tmp_path):
+    path = tmp_path / "bc.pt"
+    args = train_bc.Args(data_path=str(spread_data), bc_path=str(path), max_epochs=1, hidden_dim=64, device="cpu")
+    train_bc.main(args)
+    old = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))  # no file may grow beyond half of what is needed
+    try:
+        with pytest.raises(train_bc.UserError, match=r"bc.pt: cannot be written \(File too large\)"):
+            train_bc.main(args)
+        with pytest.raises(collect_data.UserError, match=r"new.npz: cannot be written"):
+            collect_data.main(collect_data.Args(num_trajectories=256, data_path=str(tmp_path / "new.npz"), device="cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["bc.pt"]
+
+
+def test_folder_that_cannot_be_written(spread_data, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(train_bc.UserError, match=r"bc.pt: cannot be written"):
+        train_bc.save_file(tmp_path / "file" / "bc.pt", lambda file: file.write(b"x"))
+
+
+def test_loss_that_explodes_is_named(spread_data, tmp_path):
+    args = train_bc.Args(data_path=str(spread_data), bc_path=str(tmp_path / "bc.pt"), device="cpu", hidden_dim=8)
+    args.learning_rate, args.max_epochs = 1e30, 2
+    with pytest.raises(train_bc.UserError, match=r"--learning-rate 1e\+30: the loss was never finite"):
+        train_bc.main(args)
+    assert not (tmp_path / "bc.pt").exists()
+
+
+def test_one_line_and_status_2_from_a_real_process(tmp_path):
+    command = [sys.executable, str(ROOT / "train_reward.py"), "--data-path", str(tmp_path / "nowhere.npz")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/nowhere.npz: no such file; collect_data.py makes it\n"

@@ -1,0 +1,153 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import collect_data
+from collect_data import GAMES, Args, draw_labels, draw_pairs, mean_return
+
+BLOCK = collect_data.BLOCK_SIZE
+
+
+def load(path) -> tuple[dict, dict]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def test_format(spread_data):
+    arrays, meta = load(spread_data)
+    N, T, A, D = 2560, 25, 3, 18
+    expected = {
+        "observations": ((N, T + 1, A, D), np.float32),
+        "actions": ((N, T, A), np.uint8),
+        "behavior": ((N,), np.int8),
+        "deviator": ((N,), np.int8),
+        "pairs": ((10 * N, 2), np.int32),
+        "labels": ((10 * N, A), np.int8),
+        "block": ((N,), np.int32),
+        "true_rewards": ((N, T, A), np.float32),
+    }
+    assert {key: (array.shape, array.dtype.type) for key, array in arrays.items()} == expected
+    assert meta["env"] == "spread" and meta["mixture"] == "diversified" and meta["num_actions"] == 5
+    returns = arrays["true_rewards"].sum(axis=1)
+    np.testing.assert_allclose(meta["return_mean"], returns.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(meta["return_std"], returns.std(axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mixture", collect_data.MIXTURES)
+def test_mixture_has_the_ratios_of_table_1(mixture, tmp_path):
+    path = tmp_path / "dataset.npz"
+    collect_data.main(Args(dataset=mixture, num_trajectories=1024, data_path=str(path), device="cpu"))
+    arrays, _ = load(path)
+    counts = np.bincount(arrays["behavior"], minlength=4)
+    assert counts.tolist() == [256 * part for part in collect_data.MIXTURES[mixture]]
+    unilateral = arrays["behavior"] == collect_data.UNILATERAL
+    assert (arrays["deviator"][~unilateral] == -1).all()
+    if unilateral.any():  # the deviator rotates over the agents
+        assert np.bincount(arrays["deviator"][unilateral]).max() - np.bincount(arrays["deviator"][unilateral]).min() <= 1
+    # Permuted: every block holds all behaviors, in about the mixture's ratio.
+    expert_share = (arrays["behavior"].reshape(-1, BLOCK) == collect_data.EXPERT).mean(axis=1)
+    assert np.abs(expert_share - counts[0] / 1024).max() < 0.12
+
+
+def test_behaviors_are_ordered_by_return(spread_data):
+    arrays, _ = load(spread_data)
+    returns = arrays["true_rewards"].sum(axis=1).mean(axis=1)
+    expert, unilateral, rookie, trivial = (returns[arrays["behavior"] == b].mean() for b in range(4))
+    assert expert > unilateral + 1 > rookie + 2 > trivial + 4
+
+
+def test_stored_actions_and_observations_are_of_the_same_steps(spread_data):
+    """Replay stored actions in a fresh environment from the stored first observation."""
+    arrays, _ = load(spread_data)
+    first = torch.from_numpy(arrays["observations"][:64, 0])  # velocity, position, landmarks relative to the agent, ...
+    positions, velocities = first[..., 2:4], first[..., :2]
+    landmarks = first[:, 0, 4:10].view(-1, 3, 2) + positions[:, :1]
+    env = collect_data.ParticleEnv(GAMES["spread"], 64)
+    env.set_state(positions, velocities, landmarks)
+    for step in range(5):
+        observed, rewards = env.step(torch.from_numpy(arrays["actions"][:64, step].astype(np.int64)))
+        np.testing.assert_allclose(observed, arrays["observations"][:64, step + 1], atol=1e-4)
+        np.testing.assert_allclose(rewards, arrays["true_rewards"][:64, step], atol=1e-4)
+
+
+def test_share_of_random_actions(spread_data, tmp_path):
+    """Experts repeat the greedy action of their network in 1 - epsilon * 4 / 5 of all cases, trivial agents in 1 / 5."""
+    arrays, _ = load(spread_data)
+    path = collect_data.Path(collect_data.__file__).parent / "policies" / "spread" / "expert.pt"
+    checkpoint = collect_data.load_checkpoint(path, ("vdn",))
+    expert = collect_data.build_network(collect_data.AgentNetwork, path, checkpoint, "cpu")
+    outputs, _ = expert(torch.from_numpy(arrays["observations"][:, :-1]))
+    agrees = (outputs.argmax(dim=-1).numpy() == arrays["actions"]).mean(axis=(1, 2))
+    assert agrees[arrays["behavior"] == collect_data.EXPERT].mean() == pytest.approx(1 - 0.05 * 0.8, abs=0.005)
+    assert agrees[arrays["behavior"] == collect_data.TRIVIAL].mean() == pytest.approx(0.2, abs=0.01)
+    unilateral = arrays["behavior"] == collect_data.UNILATERAL
+    agrees = (outputs.argmax(dim=-1).numpy() == arrays["actions"])[unilateral].mean(axis=1)  # (n, A)
+    deviates = np.arange(3) == arrays["deviator"][unilateral][:, None]
+    assert agrees[~deviates].mean() == pytest.approx(0.96, abs=0.01)
+    assert agrees[deviates].mean() < 0.8
+
+
+def test_pairs_are_of_different_trajectories_of_one_block():
+    pairs = draw_pairs(4 * BLOCK, 10, torch.Generator().manual_seed(0))
+    assert pairs.shape == (40 * BLOCK, 2)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert (pairs[:, 0] // BLOCK == pairs[:, 1] // BLOCK).all()
+    assert torch.bincount(pairs[:, 0] // BLOCK).tolist() == [10 * BLOCK] * 4
+    for side in pairs.T:  # uniform: every trajectory stands about 10 times on either side
+        counts = torch.bincount(side, minlength=4 * BLOCK).float()
+        assert counts.min() >= 1 and counts.var() == pytest.approx(10, rel=0.2)
+
+
+def test_labels_follow_the_bradley_terry_probability():
+    generator = torch.Generator().manual_seed(0)
+    returns = torch.tensor([[0.0, 5.0], [1.0, 5.5], [2.0, 4.5]])
+    pairs = torch.tensor([[0, 1], [2, 0], [1, 2]]).repeat(20_000, 1)
+    labels, mean, std = draw_labels(returns, pairs, 1.5, generator)
+    torch.testing.assert_close(mean, torch.tensor([1.0, 5.0]))
+    torch.testing.assert_close(std, torch.tensor([(2 / 3) ** 0.5, (1 / 6) ** 0.5]))
+    share = (labels.view(-1, 3, 2) == 1).float().mean(dim=0)  # (pair, agent)
+    gap = 1.5 * 1.5**0.5  # agent 0: neighbours differ by sqrt(3 / 2) standard deviations
+    expected = torch.sigmoid(torch.tensor([[-gap, -gap], [2 * gap, -gap], [-gap, 2 * gap]]))
+    torch.testing.assert_close(share, expected, atol=0.012, rtol=0)
+    assert labels.dtype == torch.int8 and set(labels.unique().tolist()) == {-1, 1}
+
+
+def test_same_command_same_arrays(tmp_path):
+    paths = [tmp_path / name / "dataset.npz" for name in ("a", "b", "other-seed")]
+    for path, seed in zip(paths, (3, 3, 4), strict=True):
+        collect_data.main(Args(num_trajectories=512, seed=seed, data_path=str(path), device="cpu"))
+    (a, meta_a), (b, meta_b), (c, _) = map(load, paths)
+    assert meta_a == meta_b
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+    assert not np.array_equal(a["observations"], c["observations"]) and not np.array_equal(a["labels"], c["labels"])
+
+
+def test_shipped_policies_meet_their_bars():
+    game, bars = GAMES["spread"], {"expert": (-8.2, 0.0), "rookie": (-22.0, -18.0)}
+    for name, (low, high) in bars.items():
+        path = collect_data.Path(collect_data.__file__).parent / "policies" / "spread" / f"{name}.pt"
+        checkpoint = collect_data.load_checkpoint(path, ("vdn",))
+        network = collect_data.build_network(collect_data.AgentNetwork, path, checkpoint, "cpu")
+        measured = mean_return(game, network, 4096, seed=12345, device="cpu")
+        assert low <= measured <= high
+        assert measured == pytest.approx(checkpoint["metrics"]["charts/test_return"], abs=0.4)
+        assert "collect_data.py" in checkpoint["meta"]["command"] and checkpoint["meta"]["seed"] >= 0
+        assert path.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_online_vdn_learns(network, tmp_path):
+    """320 updates lift the greedy policy well above the untrained one; a dataset can be collected from both checkpoints."""
+    args = Args(policies_path=str(tmp_path), num_trajectories=256, data_path=str(tmp_path / "dataset.npz"), device="cpu")
+    args = dataclasses.replace(args, network=network, num_updates=320, exploration_updates=200, learning_rate=3e-3)
+    args = dataclasses.replace(args, hidden_dim=64, num_layers=2, num_envs=32, batch_size=32)
+    collect_data.main(args)
+    metrics = {n: torch.load(tmp_path / "spread" / f"{n}.pt", weights_only=True)["metrics"] for n in ("expert", "rookie")}
+    first, last = metrics["expert"]["history"][0][1], metrics["expert"]["charts/test_return"]
+    assert last > first + 5 and last > -28
+    distances = [abs(GAMES["spread"].score(value) - args.rookie_score) for _, value in metrics["expert"]["history"]]
+    assert metrics["rookie"]["updates"] == metrics["expert"]["history"][int(np.argmin(distances))][0]

@@ -1,0 +1,84 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import made_up_arrays, same_weights, without
+
+import train_bc
+from train_bc import AgentNetwork, Args, bc_loss
+
+SMALL = dict(device="cpu", hidden_dim=32, num_layers=2, max_epochs=3)
+
+
+def test_loss_against_numbers_worked_by_hand():
+    logits = torch.tensor([[0.0, math.log(3)], [math.log(4), 0.0]]).view(1, 1, 2, 2)
+    assert bc_loss(logits, torch.tensor([[[1, 1]]])).item() == pytest.approx((math.log(4 / 3) + math.log(5)) / 2)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_one_step_at_a_time_equals_the_whole_sequence(network):
+    """Rollouts call the network step by step, training on whole trajectories."""
+    policy = AgentNetwork(observation_dim=4, num_agents=3, num_actions=5, horizon=6, network=network, hidden_dim=16)
+    observations = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole, _ = policy(observations)
+    assert whole.shape == (2, 6, 3, 5)
+    memory = None
+    for step in range(6):
+        output, memory = policy(observations[:, step : step + 1], step, memory)
+        torch.testing.assert_close(output[:, 0], whole[:, step])
+
+
+def test_agents_are_told_apart_and_do_not_see_each_other():
+    policy = AgentNetwork(observation_dim=4, num_agents=3, num_actions=5, horizon=6, hidden_dim=16)
+    observations = torch.ones(1, 6, 3, 4)
+    base, _ = policy(observations)
+    assert not torch.equal(base[:, :, 0], base[:, :, 1])  # same observation, other id
+    assert not torch.equal(base[:, 0], base[:, 1])  # same observation, other step
+    observations[:, :, 1] += 1
+    changed, _ = policy(observations)
+    assert (changed != base).any(dim=3)[0, 0].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_recovers_a_known_behavior_policy(network, tmp_path):
+    """In the made-up game with a behavior that plays action (agent + step) % 7 with probability 1/2, else uniformly."""
+    arrays = made_up_arrays(num_trajectories=4000, num_pairs=10)
+    rng = np.random.default_rng(1)
+    N, T, A = arrays["actions"].shape
+    favourite = (np.arange(T)[:, None] + np.arange(A)) % 7
+    arrays["actions"] = np.where(rng.random((N, T, A)) < 0.5, favourite, arrays["actions"]).astype(np.uint8)
+    data_path, path = tmp_path / "dataset.npz", tmp_path / "bc.pt"
+    np.savez(data_path, **arrays)
+    args = Args(env="made-up", data_path=str(data_path), bc_path=str(path), **SMALL)
+    args.max_epochs, args.learning_rate, args.network, args.hidden_dim = 25, 1e-2, network, 64
+    train_bc.main(args)
+    checkpoint = torch.load(path, weights_only=True)
+    p = 0.5 + 0.5 / 7
+    entropy = -(p * math.log(p) + 6 * (0.5 / 7) * math.log(0.5 / 7))
+    assert checkpoint["metrics"]["bc/nll"] == pytest.approx(entropy, abs=0.05)
+    assert "charts/test_return" not in checkpoint["metrics"]
+
+
+def test_imitates_spread_better_than_chance(spread_data, tmp_path):
+    path = tmp_path / "bc.pt"
+    train_bc.main(
+        Args(data_path=str(spread_data), bc_path=str(path), **SMALL | dict(hidden_dim=64, max_epochs=10, batch_size=64))
+    )
+    metrics = torch.load(path, weights_only=True)["metrics"]
+    assert metrics["bc/nll"] < 1.5 < math.log(5) and metrics["bc/accuracy"] > 0.35
+    assert metrics["charts/test_return"] > -24.5  # random: -26.46
+    assert metrics["bc/nll"] == pytest.approx(min(nll for _, nll, _ in metrics["history"]))  # the best epoch is what is saved
+
+
+def test_sees_neither_labels_nor_true_rewards_and_repeats_itself(spread_data, tmp_path):
+    stripped = without(spread_data, ("true_rewards", "labels", "pairs", "behavior", "block"), tmp_path / "stripped.npz")
+    paths = [tmp_path / f"bc-{i}.pt" for i in range(3)]
+    for data_path, path in zip((spread_data, stripped, spread_data), paths, strict=True):
+        train_bc.main(Args(data_path=str(data_path), bc_path=str(path), **SMALL))
+    assert same_weights(paths[0], paths[1]) and same_weights(paths[0], paths[2])
+
+
+def test_unknown_game_skips_the_evaluation_and_says_so(made_up_data, tmp_path, capsys):
+    train_bc.main(Args(env="made-up", data_path=str(made_up_data), bc_path=str(tmp_path / "bc.pt"), **SMALL))
+    assert "evaluation skipped" in capsys.readouterr().out

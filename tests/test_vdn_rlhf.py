@@ -1,0 +1,150 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import made_up_arrays, same_weights, without
+
+import train_bc
+import train_reward
+import vdn_rlhf
+from vdn_rlhf import AgentNetwork, Args, RewardNetwork, td_lambda_targets, team_rewards, vdn_loss
+
+SMALL = dict(device="cpu", hidden_dim=32, num_layers=2)
+MODELS = {"reward": "reward-alpha1-seed1", "bc": "bc-seed1"}
+
+
+@pytest.fixture(scope="session")
+def spread_models(spread_data) -> Path:
+    """Small reward model and BC policy beside the spread dataset, at their default paths."""
+    train_reward.main(train_reward.Args(data_path=str(spread_data), max_epochs=4, learning_rate=3e-3, **SMALL))
+    train_bc.main(train_bc.Args(data_path=str(spread_data), max_epochs=4, **SMALL))
+    return spread_data
+
+
+def slow_td_lambda(rewards, next_values, gamma, td_lambda):
+    """The definition, one episode and one step at a time."""
+    targets = np.zeros(rewards.shape)
+    for b in range(rewards.shape[0]):
+        G = 0.0
+        for t in reversed(range(rewards.shape[1])):
+            V = next_values[b, t] if t < rewards.shape[1] - 1 else 0.0
+            G = rewards[b, t] + gamma * ((1 - td_lambda) * V + td_lambda * G)
+            targets[b, t] = G
+    return targets
+
+
+@pytest.mark.parametrize("gamma, td_lambda", [(0.97, 0.8), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
+def test_targets_against_a_slow_loop(gamma, td_lambda):
+    rng = np.random.default_rng(0)
+    rewards, next_values = rng.normal(size=(4, 7)), rng.normal(size=(4, 7))
+    fast = td_lambda_targets(torch.from_numpy(rewards), torch.from_numpy(next_values), gamma, td_lambda)
+    np.testing.assert_allclose(fast.numpy(), slow_td_lambda(rewards, next_values, gamma, td_lambda), atol=1e-12)
+
+
+def test_no_bootstrap_past_the_end():
+    rewards, next_values = torch.zeros(1, 5), torch.zeros(1, 5)
+    next_values[:, -1] = 1e6
+    assert (td_lambda_targets(rewards, next_values, 0.9, 0.5) == 0).all()
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_loss_against_a_slow_double_q_loop(network):
+    torch.manual_seed(0)
+    online = AgentNetwork(4, 3, 5, 6, network, hidden_dim=16, num_layers=2).double()
+    target = AgentNetwork(4, 3, 5, 6, network, hidden_dim=16, num_layers=2).double()
+    observations, rewards = torch.randn(2, 7, 3, 4, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    actions = torch.randint(5, (2, 6, 3))
+    loss = vdn_loss(online, target, observations, actions, rewards, 0.9, 0.6)
+
+    errors = []
+    for b in range(2):
+        q, target_q = (net(observations[b : b + 1, :-1])[0][0].detach().numpy() for net in (online, target))  # (T, A, U)
+        values = [sum(target_q[t, i, q[t, i].argmax()] for i in range(3)) for t in range(6)]
+        next_values = np.array([[*values[1:], 0.0]])
+        targets = slow_td_lambda(rewards[b : b + 1].numpy(), next_values, 0.9, 0.6)[0]
+        errors += [sum(q[t, i, actions[b, t, i]] for i in range(3)) - targets[t] for t in range(6)]
+    assert loss.item() == pytest.approx(np.square(errors).mean(), rel=1e-6)
+
+    loss.backward()
+    assert all(parameter.grad is None for parameter in target.parameters())
+    assert all(parameter.grad is not None for parameter in online.parameters())
+
+
+def test_team_reward_is_equation_3():
+    torch.manual_seed(0)
+    reward_model, reference = RewardNetwork(4, 2, 3, hidden_dim=8), AgentNetwork(4, 2, 3, 5, hidden_dim=8)
+    observations, actions = torch.randn(1, 6, 2, 4), torch.randint(3, (1, 5, 2))
+    stats = {"mean": 0.3, "std": 2.0}
+    r_phi = reward_model(observations[:, :-1], actions)[0].tolist()
+    pi_ref = reference(observations[:, :-1])[0][0].softmax(dim=-1).tolist()
+    for beta, clip in ((0.0, 0.0), (2.0, 0.0), (2.0, 0.1)):
+        rewards = team_rewards(reward_model, stats, reference, observations, actions, beta, clip)
+        for t in range(5):
+            expected = 0.0
+            for i in range(2):
+                kl_term = beta * (math.log(pi_ref[t][i][int(actions[0, t, i])]) - math.log(1 / 3))  # pi_w = 1 / |A_i|
+                expected += (r_phi[t][i] - 0.3) / 2.0 + (max(-clip, min(clip, kl_term)) if clip else kl_term)
+            assert rewards[0, t].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_labels_and_true_rewards_change_nothing(spread_models, tmp_path):
+    keys = ("true_rewards", "labels", "pairs", "behavior", "deviator", "block")
+    stripped = without(spread_models, keys, tmp_path / "stripped.npz")
+    paths = [tmp_path / "with.pt", tmp_path / "without.pt", tmp_path / "again.pt"]
+    models = {f"{name}_path": str(spread_models.parent / f"{file}.pt") for name, file in MODELS.items()}
+    for data_path, path in zip((spread_models, stripped, spread_models), paths, strict=True):
+        vdn_rlhf.main(Args(data_path=str(data_path), vdn_path=str(path), num_updates=30, **models, **SMALL))
+    assert same_weights(paths[0], paths[1]) and same_weights(paths[0], paths[2])
+    a, b, c = (torch.load(path, weights_only=True)["metrics"] for path in paths)
+    assert a["history"] == b["history"] == c["history"]
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_spread_end_to_end(network, spread_models, tmp_path, capsys):
+    """300 updates on 2,560 trajectories already beat the random policy by far; last and best are kept apart."""
+    path = tmp_path / "vdn.pt"
+    args = Args(data_path=str(spread_models), vdn_path=str(path), network=network, num_updates=300, learning_rate=3e-3)
+    args.device, args.hidden_dim = "cpu", 64
+    vdn_rlhf.main(args)
+    last, best = (torch.load(p, weights_only=True) for p in (path, tmp_path / "vdn-best.pt"))
+    returns = [entry["charts/test_return"] for entry in last["metrics"]["history"]]
+    assert len(returns) == 20
+    assert last["metrics"]["charts/test_return"] == returns[-1]
+    assert best["metrics"]["charts/test_return"] == max(returns)
+    assert returns[-1] > -24.5  # random: -26.46
+    assert -3 < last["metrics"]["charts/log_pi_ref"] < 0
+    assert last["kind"] == "vdn" and last["args"]["network"] == network
+    printed = capsys.readouterr().out
+    for row in ("random", "rookie", "BC, greedy", "BC, sampled", "VDN-RLHF, last", "VDN-RLHF, best", "expert"):
+        assert f"| {row} " in printed
+    assert "accuracy 0." in printed
+
+
+def test_beta_pulls_towards_the_reference(spread_models, tmp_path):
+    log_pi_ref = []
+    for beta in (0.0, 100.0):
+        path = tmp_path / f"vdn-{beta:g}.pt"
+        args = Args(beta=beta, data_path=str(spread_models), vdn_path=str(path), num_updates=300, learning_rate=3e-3)
+        args.device, args.hidden_dim, args.gamma = "cpu", 64, 0.5
+        vdn_rlhf.main(args)
+        log_pi_ref.append(torch.load(path, weights_only=True)["metrics"]["charts/log_pi_ref"])
+    assert log_pi_ref[1] > log_pi_ref[0] + 0.2
+
+
+def test_unknown_game_finds_the_best_policy(made_up_data, tmp_path, capsys):
+    """In the made-up game agent i earns by playing action i: after training, that is what it plays."""
+    np.savez(made_up_data, **made_up_arrays(num_trajectories=400, num_pairs=8000))
+    common = dict(env="made-up", data_path=str(made_up_data))
+    train_reward.main(train_reward.Args(alpha=0.0, max_epochs=20, learning_rate=3e-3, **common, **SMALL))
+    train_bc.main(train_bc.Args(max_epochs=2, **common, **SMALL))
+    vdn_rlhf.main(Args(alpha=0.0, beta=0.1, num_updates=600, learning_rate=3e-3, td_lambda=0.0, **common, **SMALL))
+    assert "evaluation skipped" in capsys.readouterr().out
+    path = made_up_data.parent / "vdn-beta0.1-alpha0-seed1.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    network = vdn_rlhf.build_network(AgentNetwork, path, checkpoint, "cpu")
+    observations = torch.randn(200, 9, 4, 5, generator=torch.Generator().manual_seed(9))
+    greedy = network(observations)[0].argmax(dim=-1)  # (B, T, A)
+    assert (greedy == torch.arange(4)).float().mean() > 0.9
+    assert not (made_up_data.parent / "vdn-beta0.1-alpha0-seed1-best.pt").exists()

@@ -1,0 +1,517 @@
+"""Learn per-step rewards from preferences between trajectories: Eq. (1), the Bradley-Terry likelihood summed over agents,
+plus Eq. (2), a penalty on the change of the reward between adjacent steps. Reads observations, actions, pairs and labels
+of a dataset.npz; writes reward.pt with the weights and the mean and standard deviation of r_phi that Eq. (4) needs.
+`true_rewards`, where the dataset has them, serve for diagnostics alone and never touch the training.
+
+Usage: python train_reward.py --env spread --dataset diversified --alpha 1
+
+Logged metrics (stdout, `metrics` in the file and, with --track, wandb); reward/* and the final losses are of the test part:
+    losses/nll                  mean negative log-likelihood per label; chance is 0.693
+    losses/smoothness           L_MSE of Eq. (2) divided by max(Var(trajectory return), 1), as it enters Eq. (1)
+    reward/accuracy             share of labels that the model predicts
+    reward/bayes_nll            the same two for the true return, which drew the labels: nothing can be
+    reward/bayes_accuracy       better in expectation
+    reward/standardized_mse     mean squared difference of predicted and true rewards, both standardised over all steps
+                                and agents of the test part
+    reward/correlation          their correlation
+
+Deviations from the paper:
+1. Eq. (1) divides by Var_D(r_phi) of the steps. That variance vanishes while the outputs are still small, and the penalty
+   then holds them there: the model collapses to a constant from alpha = 0.1 to 10 on. Here L_MSE is divided by the
+   detached max(Var(trajectory return of r_phi), 1), which follows the paper's Table 7. The variance is the minibatch's.
+2. `--input joint` gives the model what the paper writes, r_phi(s, a_i), s being all agents' observations. The published
+   code and `--preset paper` give it the agent's own observation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str = "spread"
+    """the game; must be the dataset's"""
+    dataset: str = "diversified"
+    """folder in runs/<game>/"""
+    alpha: float = 1.0
+    """weight of the smoothness term, Eq. (1)"""
+    seed: int = 1
+    """fixes everything"""
+    preset: str = "default"
+    """default, or paper: the values of the paper's Table 5"""
+    run_name: str = ""
+    """marks the file name of a run with other settings: reward-<run name>-alpha1-seed1.pt"""
+    data_path: str = ""
+    """dataset, instead of runs/<game>/<dataset>/dataset.npz"""
+    reward_path: str = ""
+    """where to write, instead of beside the dataset"""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    num_threads: int = 1
+    """CPU threads; small networks run fastest on one"""
+    deterministic: bool = False
+    """bit-equal runs on CUDA too (on CPU they always are)"""
+    track: bool = False
+    """log to wandb"""
+
+    input: str = "joint"
+    """what r_phi sees: joint (all agents' observations, agent id, own action) or own (own observation, id, own action)"""
+    network: str = "mlp"
+    """mlp or gru (paper: mlp for spread and reference, rnn for tag)"""
+    hidden_dim: int = 128
+    """width of every hidden layer"""
+    num_layers: int = 3
+    """layers before the output, the embedding of observation and action being the first"""
+    learning_rate: float = 3e-3
+    """of Adam; falls to zero along a cosine over max_epochs"""
+    max_epochs: int = 8
+    """passes over the training pairs"""
+    patience: int = 5
+    """stop after this many epochs without a better held-out likelihood"""
+
+
+PRESETS = {"paper": dict(run_name="paper", input="own", num_layers=4, learning_rate=1e-3, max_epochs=100, patience=100)}
+MINIBATCH_PAIRS = 256  # for datasets without blocks
+
+
+# --- shared block: command_line ---
+# Origin: collect_data.py. Mistakes a user can mend, presets, device and seeds, tracking.
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one line, exit status 2."""
+
+
+def run_command_line(main: Callable, args_class: type, presets: dict[str, dict]) -> None:
+    """Parse sys.argv into args_class and call main. `--preset NAME` replaces defaults; a flag given by hand wins over it."""
+    try:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--preset", default="default")
+        preset = parser.parse_known_args()[0].preset
+        if preset != "default" and preset not in presets:
+            raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
+        defaults = args_class(preset=preset, **presets[preset]) if preset in presets else None
+        main(tyro.cli(args_class) if defaults is None else tyro.cli(args_class, default=defaults))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def set_up(args) -> torch.device:
+    """Check the numbers, apply --num-threads, --seed and --deterministic; return the device that --device names."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            raise UserError(f"{flag}: must be at least {0 if name == 'seed' else 1}")
+        if type(value) is float and not 0 <= value < float("inf"):
+            raise UserError(f"{flag}: must be a finite number and not negative")
+        if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
+            raise UserError(f"{flag}: must be at most 1")
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def start_tracking(args, name: str) -> Callable[[dict, int], None]:
+    """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
+    if not args.track:
+        return lambda metrics, step: None
+    import wandb
+
+    run = wandb.init(project="marlhf", name=name, config=vars(args))
+    return lambda metrics, step: run.log(metrics, step=step)
+
+
+# --- end shared block ---
+
+
+# --- shared block: checkpoint ---
+# Origin: collect_data.py. Files that are written whole or not at all, and read without executing anything.
+FORMAT = 1
+NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "policies_path"}
+
+
+def save_file(path: Path | str, write: Callable) -> None:
+    """Call write(file) on a file beside `path`, then rename it, so that nobody ever sees half a file."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):  # where the folder itself cannot be written
+            partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, kind: str, args, meta: dict, network: nn.Module, stats: dict, metrics: dict) -> None:
+    state_dict = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    content = dict(format=FORMAT, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
+    buffer = io.BytesIO()  # torch.save hides the reason of a failed write, a plain write does not
+    torch.save(content, buffer)
+    save_file(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path: Path | str, kinds: tuple[str, ...]) -> dict:
+    """Read a `.pt` file of this project; raises UserError, naming file and key, when it is anything else."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, foreign or malicious: torch raises many kinds
+        raise UserError(f"{path}: truncated or not a checkpoint ({type(error).__name__})") from None
+    fields = {"format": int, "kind": str, "args": dict, "meta": dict, "state_dict": dict, "stats": dict, "metrics": dict}
+    for key, expected in fields.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), expected):
+            raise UserError(f"{path}: '{key}' is missing or no {expected.__name__}; is this a checkpoint of this project?")
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path}: 'format' is {checkpoint['format']} but this code reads {FORMAT}; train it again")
+    if checkpoint["kind"] not in kinds:
+        raise UserError(f"{path}: 'kind' is {checkpoint['kind']!r}, expected {' or '.join(map(repr, kinds))}")
+    return checkpoint
+
+
+def build_network(network_class: type, path: Path | str, checkpoint: dict, device) -> nn.Module:
+    """The network that `meta["network"]` and `state_dict` describe, in evaluation mode."""
+    try:
+        network = network_class(**checkpoint["meta"]["network"])
+        network.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:
+        raise UserError(f"{path}: 'state_dict' or 'meta' is damaged ({str(error).splitlines()[0]})") from None
+    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise UserError(f"{path}: 'state_dict' has values that are NaN or infinite; train it again")
+    return network.to(device).eval().requires_grad_(False)
+
+
+def check_same_args(path: Path | str, stored: dict, wanted: dict, advice: str) -> None:
+    """Raise UserError, naming the flags, where a file was made with other settings than this command asks for."""
+    differing = [
+        f"--{name.replace('_', '-')} is {stored.get(name)!r} there and {wanted[name]!r} here"
+        for name in wanted
+        if name not in NEUTRAL_ARGS and stored.get(name) != wanted[name]
+    ]
+    if differing:
+        raise UserError(f"{path}: made with other settings ({'; '.join(differing)}); {advice}")
+
+
+def check_replaceable(path: Path | str, kind: str, args, dataset_meta: dict) -> None:
+    """A file may only be written over by the command that made it, on the dataset that made it."""
+    if Path(path).exists():
+        checkpoint = load_checkpoint(path, (kind,))
+        check_same_args(path, checkpoint["args"], vars(args), "choose a --run-name or delete it")
+        if checkpoint["meta"].get("fingerprint") != dataset_meta["fingerprint"]:
+            raise UserError(f"{path}: made from another dataset; choose a --run-name or delete it")
+
+
+# --- end shared block ---
+
+
+# --- shared block: dataset ---
+# Origin: train_reward.py. Reading dataset.npz (format 1, README), whatever tool wrote it, checked before anything is computed.
+def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: tuple[str, ...] = ()) -> tuple[dict, dict]:
+    """The arrays `names`, those of `optional` that are there, and the meta. Other arrays of the file are not even read.
+
+    Raises UserError, naming file and key, for whatever does not fit the format or the game `env`."""
+
+    def check(fine, key: str, problem: str) -> None:
+        if not fine:
+            raise UserError(f"{path}: '{key}' {problem}")
+
+    data = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in ("meta", *names):
+                check(key in file.files, key, "is missing")
+            meta = json.loads(str(file["meta"]))
+            for key in (*names, *optional):
+                if key in file.files:
+                    data[key] = file[key]
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; collect_data.py makes it") from None
+    except Exception as error:  # truncated, foreign or malicious: numpy and zipfile raise many kinds
+        raise UserError(f"{path}: truncated or not a dataset ({type(error).__name__}: {error})") from None
+
+    check(isinstance(meta, dict), "meta", "is no JSON object")
+    check(meta.get("format") == 1, "meta", f"says format {meta.get('format')}, but this code reads 1")
+    check(meta.get("env") == env, "meta", f"says it is of the game {meta.get('env')!r}; pass --env {meta.get('env')}")
+    num_actions = meta.get("num_actions")
+    check(type(num_actions) is int and 1 <= num_actions <= 256, "meta", f"has num_actions {num_actions}, not 1 to 256")
+
+    dims = {"observations": 4, "actions": 3, "pairs": 2, "labels": 2, "block": 1, "true_rewards": 3, "behavior": 1}
+    for key, array in data.items():
+        kind = "f" if key in ("observations", "true_rewards") else "iu"
+        check(array.dtype.kind in kind, key, f"has the type {array.dtype}; expected {'floats' if kind == 'f' else 'integers'}")
+        check(array.ndim == dims[key], key, f"has the shape {array.shape}; expected {dims[key]} dimensions")
+        check(array.size > 0, key, "is empty")
+        check(kind != "f" or np.isfinite(array).all(), key, "has values that are NaN or infinite")
+    N, T, A = data["actions"].shape
+    expected = {"observations": (N, T + 1, A), "true_rewards": (N, T, A), "labels": (..., A), "block": (N,), "pairs": (..., 2)}
+    for key in expected.keys() & data.keys():
+        fits = all(want in (..., have) for want, have in zip(expected[key], data[key].shape, strict=False))
+        check(fits, key, f"has the shape {data[key].shape}, which does not fit actions {(N, T, A)}")
+    low, high = data["actions"].min(), data["actions"].max()
+    problem = f"has values from {low} to {high} but {env} has {num_actions} actions; was it collected for another --env?"
+    check(low >= 0 and high < num_actions, "actions", problem)
+    if "pairs" in data:
+        pairs, labels = data["pairs"], data["labels"]
+        check(len(pairs) == len(labels), "labels", f"has {len(labels)} rows for {len(pairs)} pairs")
+        check(pairs.min() >= 0 and pairs.max() < N, "pairs", f"has indices outside 0 .. {N - 1}")
+        check((pairs[:, 0] != pairs[:, 1]).all(), "pairs", "compares a trajectory with itself")
+        check(np.isin(labels, (-1, 1)).all(), "labels", "has values other than +1 and -1")
+        if "block" in data:
+            block = data["block"]
+            check((block[pairs[:, 0]] == block[pairs[:, 1]]).all(), "block", "has pairs that cross blocks")
+    meta["fingerprint"] = hashlib.sha256(np.ascontiguousarray(data["actions"])).hexdigest()[:16]  # tells datasets apart
+    tensors = {key: torch.from_numpy(array) for key, array in data.items()}
+    tensors["observations"], tensors["actions"] = tensors["observations"].float(), tensors["actions"].to(torch.uint8)
+    return tensors, meta
+
+
+# --- end shared block ---
+
+
+# --- shared block: reward_network ---
+# Origin: train_reward.py. r_phi of Eq. (1) to (4).
+class RewardNetwork(nn.Module):
+    """Step rewards of all agents. Embeddings of observation and action are added, hidden layers follow (B.1). With input
+    "joint" the observation is that of all agents, s in the paper's r_phi(s, a_i); with "own" that of the agent itself."""
+
+    def __init__(self, observation_dim, num_agents, num_actions, input="joint", network="mlp", hidden_dim=128, num_layers=3):
+        super().__init__()
+        if input not in ("joint", "own"):
+            raise UserError(f"--input {input}: unknown, choose joint or own")
+        if network not in ("mlp", "gru"):
+            raise UserError(f"--network {network}: unknown, choose mlp or gru")
+        self.observation_embedding = nn.Linear(observation_dim * (num_agents if input == "joint" else 1), hidden_dim)
+        self.action_embedding = nn.Linear(num_agents + num_actions, hidden_dim, bias=False)  # of one-hot id and action
+        if network == "gru":
+            self.body = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
+        else:
+            layers = [layer for _ in range(num_layers - 1) for layer in (nn.Linear(hidden_dim, hidden_dim), nn.ReLU())]
+            self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(hidden_dim, 1)
+        self.input, self.network, self.num_agents, self.num_actions = input, network, num_agents, num_actions
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """observations (B, T, A, D), actions (B, T, A) -> rewards (B, T, A)."""
+        B, T, A, _ = observations.shape
+        if self.input == "joint":
+            observations = observations.flatten(2)[:, :, None]  # (B, T, 1, A * D): embedded once, added to every agent
+        ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
+        chosen = F.one_hot(actions.long(), self.num_actions).to(observations.dtype)
+        x = self.observation_embedding(observations) + self.action_embedding(torch.cat([ids, chosen], dim=-1))
+        x = F.relu(x)  # (B, T, A, H)
+        if self.network == "gru":
+            x, _ = self.body(x.transpose(1, 2).flatten(0, 1))  # (B * A, T, H)
+            x = x.unflatten(0, (B, A)).transpose(1, 2)
+        else:
+            x = self.body(x)
+        return self.head(x).squeeze(-1)
+
+
+# --- end shared block ---
+
+
+def reward_loss(rewards, pairs, labels, alpha: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eq. (1) and (2) for one minibatch. rewards (B, T, A) of its trajectories, pairs (P, 2) indices into them,
+    labels (P, A) in +-1 -> loss, negative log-likelihood per label, L_MSE over the variance (deviation 1)."""
+    returns = rewards.sum(dim=1)  # (B, A)
+    difference = returns[pairs[:, 0]] - returns[pairs[:, 1]]  # (P, A)
+    nll = -F.logsigmoid(labels * difference)
+    l_mse = (rewards[:, 1:] - rewards[:, :-1]).square().sum(dim=(1, 2)).mean()
+    smoothness = l_mse / returns.var(correction=0).detach().clamp(min=1)
+    return nll.sum(dim=1).mean() + alpha * smoothness, nll.mean(), smoothness
+
+
+def split_into_minibatches(data: dict, generator) -> tuple[list, list, list]:
+    """Training, early-stopping and test part (80/10/10), no trajectory in two of them. Each is a list of minibatches:
+    trajectories (B,), pairs (P, 2) as positions in `trajectories`, labels (P, A).
+
+    With blocks, a minibatch is a block. Without, the trajectories are split, pairs that cross the split are dropped, and a
+    minibatch is MINIBATCH_PAIRS pairs with their trajectories."""
+    num_trajectories, pairs, labels = len(data["actions"]), data["pairs"].long(), data["labels"].float()
+    group = data["block"].long() if "block" in data else torch.arange(num_trajectories)
+    group = group.unique(return_inverse=True)[1]
+    num_groups = int(group.max()) + 1
+    order = torch.randperm(num_groups, generator=generator)
+    cut_1, cut_2 = num_groups - 2 * max(num_groups // 10, 1), num_groups - max(num_groups // 10, 1)
+    part_of_group = torch.empty(num_groups, dtype=torch.long)
+    part_of_group[order[: max(cut_1, 0)]], part_of_group[order[max(cut_1, 0) : cut_2]], part_of_group[order[cut_2:]] = 0, 1, 2
+    part = part_of_group[group]  # (N,)
+    part_of_pair = torch.where(part[pairs[:, 0]] == part[pairs[:, 1]], part[pairs[:, 0]], -1)
+    dropped = int((part_of_pair < 0).sum())
+    if dropped:
+        print(f"{dropped} of {len(pairs)} pairs compare across training, early-stopping and test part: dropped")
+
+    parts = ([], [], [])
+    if "block" in data:
+        position = torch.empty(num_trajectories, dtype=torch.long)
+        pairs_by_group = torch.argsort(group[pairs[:, 0]], stable=True)
+        counts = torch.bincount(group[pairs[:, 0]], minlength=num_groups).tolist()
+        for g, chosen in enumerate(pairs_by_group.split(counts)):
+            trajectories = (group == g).nonzero().squeeze(1)
+            position[trajectories] = torch.arange(len(trajectories))
+            if len(chosen):
+                parts[part_of_group[g]].append((trajectories, position[pairs[chosen]], labels[chosen]))
+    else:
+        for p in range(3):
+            chosen = (part_of_pair == p).nonzero().squeeze(1)
+            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+            for minibatch in chosen.split(MINIBATCH_PAIRS) if len(chosen) else ():
+                local = torch.arange(2 * len(minibatch)).view(-1, 2)
+                parts[p].append((pairs[minibatch].flatten(), local, labels[minibatch]))
+    return parts
+
+
+@torch.no_grad()
+def evaluate(model, data: dict, minibatches: list, alpha: float) -> dict[str, float]:
+    """Eq. (1) and its terms and the accuracy, means over the pairs of all minibatches."""
+    totals, num_pairs = torch.zeros(4), 0
+    for trajectories, pairs, labels in minibatches:
+        rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories])
+        loss, nll, smoothness = reward_loss(rewards, pairs, labels, alpha)
+        returns = rewards.sum(dim=1)
+        accuracy = (labels * (returns[pairs[:, 0]] - returns[pairs[:, 1]]) > 0).float().mean()
+        totals += torch.stack([loss, nll, smoothness, accuracy]).cpu() * len(pairs)
+        num_pairs += len(pairs)
+    names = ("losses/loss", "losses/nll", "losses/smoothness", "reward/accuracy")
+    return dict(zip(names, (totals / num_pairs).tolist(), strict=True))
+
+
+@torch.no_grad()
+def predict(model, data: dict, trajectories: torch.Tensor) -> torch.Tensor:
+    """r_phi of many trajectories, (len(trajectories), T, A)."""
+    return torch.cat([model(data["observations"][c, :-1], data["actions"][c]) for c in trajectories.split(1024)])
+
+
+def compare_with_truth(model, data: dict, minibatches: list, meta: dict) -> dict[str, float]:
+    """Diagnostics on the test part: predicted against true step rewards, and what the true returns, which drew the labels,
+    would reach as a model (only where the meta tells how the labels were drawn)."""
+    trajectories = torch.cat([minibatch[0] for minibatch in minibatches]).unique()
+    rewards = predict(model, data, trajectories).double().cpu(), data["true_rewards"][trajectories.cpu()].double()
+    predicted, true = ((r - r.mean()) / r.std(correction=0).clamp(min=1e-8) for r in rewards)
+    metrics = {"reward/standardized_mse": (predicted - true).square().mean().item()}
+    metrics["reward/correlation"] = (predicted * true).mean().item()
+    if {"return_mean", "return_std", "steepness"} <= meta.keys():
+        logits = []
+        for trajectories, pairs, labels in minibatches:
+            returns = data["true_rewards"][trajectories.cpu()].double().sum(dim=1)  # (B, A)
+            returns = (returns - torch.tensor(meta["return_mean"])) / torch.tensor(meta["return_std"]).clamp(min=1e-8)
+            pairs = pairs.cpu()
+            logits.append(labels.cpu() * meta["steepness"] * (returns[pairs[:, 0]] - returns[pairs[:, 1]]))
+        metrics["reward/bayes_nll"] = -F.logsigmoid(torch.cat(logits)).mean().item()
+        metrics["reward/bayes_accuracy"] = (torch.cat(logits) > 0).double().mean().item()
+    return metrics
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    data_path = Path(args.data_path or f"runs/{args.env}/{args.dataset}/dataset.npz")
+    prefix = "-".join(filter(None, ["reward", args.run_name]))
+    reward_path = Path(args.reward_path or data_path.parent / f"{prefix}-alpha{args.alpha:g}-seed{args.seed}.pt")
+    data, meta = load_dataset(data_path, args.env, ("observations", "actions", "pairs", "labels"), ("block", "true_rewards"))
+    check_replaceable(reward_path, "reward", args, meta)
+    log = start_tracking(args, reward_path.stem)
+
+    generator = torch.Generator().manual_seed(args.seed)
+    parts = split_into_minibatches(data, generator)
+    for minibatches, name in zip(parts, ("training", "early-stopping", "test"), strict=True):
+        if not minibatches:
+            raise UserError(f"{data_path}: 'pairs' leaves none for the {name} part; more trajectories or pairs are needed")
+    training, validation, test = ([tuple(x.to(device) for x in minibatch) for minibatch in part] for part in parts)
+    data["observations"], data["actions"] = data["observations"].to(device), data["actions"].to(device)
+
+    _, T, A = data["actions"].shape
+    shape = dict(observation_dim=data["observations"].shape[-1], num_agents=A, num_actions=meta["num_actions"])
+    shape |= dict(input=args.input, network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers)
+    model = RewardNetwork(**shape).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.max_epochs * len(training))
+
+    best_loss, best_epoch, best_weights, history = float("inf"), 0, None, []
+    progress = tqdm(
+        total=args.max_epochs * len(training), desc=f"reward model, alpha {args.alpha:g}", unit="update", mininterval=1
+    )
+    start = time.time()
+    for epoch in range(1, args.max_epochs + 1):
+        for i in torch.randperm(len(training), generator=generator).tolist():
+            trajectories, pairs, labels = training[i]
+            rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories])
+            loss, _, _ = reward_loss(rewards, pairs, labels, args.alpha)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update()
+        metrics = evaluate(model, data, validation, args.alpha)
+        log(metrics, epoch * len(training))
+        history.append([epoch, metrics["losses/nll"], metrics["losses/smoothness"], metrics["reward/accuracy"]])
+        progress.set_postfix(nll=f"{metrics['losses/nll']:.4f}", accuracy=f"{metrics['reward/accuracy']:.3f}")
+        if metrics["losses/loss"] < best_loss:  # Eq. (1) of the early-stopping part
+            best_loss, best_epoch, best_weights = metrics["losses/loss"], epoch, copy.deepcopy(model.state_dict())
+        elif epoch - best_epoch >= args.patience:
+            break
+    progress.close()
+    updates_per_second = len(history) * len(training) / (time.time() - start)
+    if best_weights is None:
+        raise UserError(
+            f"--learning-rate {args.learning_rate:g}: the loss is not finite from the first epoch on; try a smaller one"
+        )
+
+    last_nll = evaluate(model, data, test, args.alpha)["losses/nll"]
+    model.load_state_dict(best_weights)
+    metrics = evaluate(model, data, test, args.alpha) | {"losses/last_nll": last_nll, "best_epoch": best_epoch}
+    training_nll = evaluate(model, data, training, args.alpha)["losses/nll"]
+    metrics |= {"losses/training_nll": training_nll, "speed/updates_per_second": updates_per_second}
+    if "true_rewards" in data:
+        metrics |= compare_with_truth(model, data, test, meta)
+    else:
+        print(f"{data_path} has no true_rewards: reward error and correlation skipped")
+    predicted = predict(model, data, torch.cat([minibatch[0] for minibatch in training]).unique())
+    stats = {"mean": predicted.mean().item(), "std": predicted.std(correction=0).item()}  # Eq. (4), over the training part
+
+    meta = dict(env=args.env, fingerprint=meta["fingerprint"], horizon=T, network=shape)
+    save_checkpoint(reward_path, "reward", args, meta, model, stats, metrics | {"history": history})
+    print(f"{reward_path}: epoch {best_epoch} of {len(history)}")
+    for name, value in metrics.items():
+        print(f"  {name:28s} {value:.4f}")
+
+
+if __name__ == "__main__":
+    run_command_line(main, Args, PRESETS)

@@ -1,0 +1,786 @@
+"""Train a team policy offline from preferences: Algorithm 1 of the paper with VDN as the MARL oracle. The step reward of the
+team is Eq. (3), sum_i [r_std,i + beta * (log pi_ref(a_i | o_i) + log |A_i|)], from a learned reward (reward.pt, Eq. 4) and a
+learned reference policy (bc.pt); Q_tot = sum_i Q_i is fitted to it on the observations and actions of a dataset.npz. Labels
+and true rewards are never read. The environment serves for reports alone. Writes vdn-*.pt, the last network, and
+vdn-*-best.pt, the one with the best test return, which no offline method could pick: quote the last.
+
+Usage: python vdn_rlhf.py --env spread --beta 1        (makes the dataset, reward model and BC policy if they are missing)
+
+Logged metrics (stdout, `metrics` in the file and, with --track, wandb):
+    charts/test_return   mean over agents of the undiscounted greedy return, fresh episodes
+    charts/score         the same on the scale random policy = 0, the paper's authors' best expert = 100
+    charts/log_pi_ref    mean log-probability under pi_ref of the actions chosen in these episodes; uniform: -log |A_i|
+    losses/td_loss       mean squared TD error of the last minibatch
+
+Deviations from the paper (README has the whole table):
+1. The Q-network is an MLP that sees the time step, not a GRU: within the same minutes it learns far more (`--network gru`).
+2. TD(lambda) instead of one-step targets (`--td-lambda 0`).
+3. The published code clips the KL term to +-10 per step (`--kl-clip 10`) and adds 1 to the standardised reward; the paper
+   does neither, nor does this script.
+4. The game ends after step T, as in section 3: no bootstrap past it. The published code treats the time limit alike but
+   zeroes the last observation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str = "spread"
+    """the game; must be the dataset's"""
+    dataset: str = "diversified"
+    """folder in runs/<game>/; collect_data.py makes diversified, mix-unilateral, mix-expert and pure-expert"""
+    beta: float = 1.0
+    """weight of the KL term, Eq. (3)"""
+    alpha: float = 1.0
+    """smoothness weight of the reward model to use, Eq. (1)"""
+    seed: int = 1
+    """fixes everything; also picks the reward model and BC policy of that seed"""
+    preset: str = "default"
+    """default, or paper: the values of the paper's Table 5"""
+    run_name: str = ""
+    """marks the file name of a run with other settings: vdn-<run name>-beta1-alpha1-seed1.pt"""
+    data_path: str = ""
+    """dataset, instead of runs/<game>/<dataset>/dataset.npz"""
+    reward_path: str = ""
+    """reward model, instead of reward-alpha1-seed1.pt beside the dataset"""
+    bc_path: str = ""
+    """reference policy, instead of bc-seed1.pt beside the dataset"""
+    vdn_path: str = ""
+    """where to write, instead of beside the dataset"""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    num_threads: int = 1
+    """CPU threads; small networks run fastest on one"""
+    deterministic: bool = False
+    """bit-equal runs on CUDA too (on CPU they always are)"""
+    track: bool = False
+    """log to wandb"""
+
+    network: str = "mlp"
+    """Q-network: mlp or gru (paper: gru)"""
+    hidden_dim: int = 128
+    """width of every hidden layer"""
+    num_layers: int = 3
+    """hidden layers of the mlp; the gru has one layer before and one after the recurrence"""
+    learning_rate: float = 1e-3
+    """of Adam; falls to zero along a cosine"""
+    gamma: float = 0.97
+    """discount"""
+    td_lambda: float = 0.8
+    """lambda of TD(lambda); 0: one-step targets"""
+    kl_clip: float = 0.0
+    """clip the KL term of each agent and step to +- this, as the published code does with 10; 0: off"""
+    num_updates: int = 15_000
+    """gradient steps"""
+    batch_size: int = 64
+    """trajectories per gradient step"""
+    target_update_rate: float = 0.01
+    """the target network moves this share of the way to the online network after every update"""
+    max_grad_norm: float = 10.0
+    """gradients are clipped to this norm"""
+
+
+PRESETS = {"paper": dict(run_name="paper", network="gru", hidden_dim=64, td_lambda=0.0, num_updates=10_000)}
+
+
+# --- shared block: command_line ---
+# Origin: collect_data.py. Mistakes a user can mend, presets, device and seeds, tracking.
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one line, exit status 2."""
+
+
+def run_command_line(main: Callable, args_class: type, presets: dict[str, dict]) -> None:
+    """Parse sys.argv into args_class and call main. `--preset NAME` replaces defaults; a flag given by hand wins over it."""
+    try:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--preset", default="default")
+        preset = parser.parse_known_args()[0].preset
+        if preset != "default" and preset not in presets:
+            raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
+        defaults = args_class(preset=preset, **presets[preset]) if preset in presets else None
+        main(tyro.cli(args_class) if defaults is None else tyro.cli(args_class, default=defaults))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def set_up(args) -> torch.device:
+    """Check the numbers, apply --num-threads, --seed and --deterministic; return the device that --device names."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            raise UserError(f"{flag}: must be at least {0 if name == 'seed' else 1}")
+        if type(value) is float and not 0 <= value < float("inf"):
+            raise UserError(f"{flag}: must be a finite number and not negative")
+        if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
+            raise UserError(f"{flag}: must be at most 1")
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def start_tracking(args, name: str) -> Callable[[dict, int], None]:
+    """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
+    if not args.track:
+        return lambda metrics, step: None
+    import wandb
+
+    run = wandb.init(project="marlhf", name=name, config=vars(args))
+    return lambda metrics, step: run.log(metrics, step=step)
+
+
+# --- end shared block ---
+
+
+# --- shared block: checkpoint ---
+# Origin: collect_data.py. Files that are written whole or not at all, and read without executing anything.
+FORMAT = 1
+NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "policies_path"}
+
+
+def save_file(path: Path | str, write: Callable) -> None:
+    """Call write(file) on a file beside `path`, then rename it, so that nobody ever sees half a file."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):  # where the folder itself cannot be written
+            partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, kind: str, args, meta: dict, network: nn.Module, stats: dict, metrics: dict) -> None:
+    state_dict = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    content = dict(format=FORMAT, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
+    buffer = io.BytesIO()  # torch.save hides the reason of a failed write, a plain write does not
+    torch.save(content, buffer)
+    save_file(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path: Path | str, kinds: tuple[str, ...]) -> dict:
+    """Read a `.pt` file of this project; raises UserError, naming file and key, when it is anything else."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, foreign or malicious: torch raises many kinds
+        raise UserError(f"{path}: truncated or not a checkpoint ({type(error).__name__})") from None
+    fields = {"format": int, "kind": str, "args": dict, "meta": dict, "state_dict": dict, "stats": dict, "metrics": dict}
+    for key, expected in fields.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), expected):
+            raise UserError(f"{path}: '{key}' is missing or no {expected.__name__}; is this a checkpoint of this project?")
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path}: 'format' is {checkpoint['format']} but this code reads {FORMAT}; train it again")
+    if checkpoint["kind"] not in kinds:
+        raise UserError(f"{path}: 'kind' is {checkpoint['kind']!r}, expected {' or '.join(map(repr, kinds))}")
+    return checkpoint
+
+
+def build_network(network_class: type, path: Path | str, checkpoint: dict, device) -> nn.Module:
+    """The network that `meta["network"]` and `state_dict` describe, in evaluation mode."""
+    try:
+        network = network_class(**checkpoint["meta"]["network"])
+        network.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:
+        raise UserError(f"{path}: 'state_dict' or 'meta' is damaged ({str(error).splitlines()[0]})") from None
+    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise UserError(f"{path}: 'state_dict' has values that are NaN or infinite; train it again")
+    return network.to(device).eval().requires_grad_(False)
+
+
+def check_same_args(path: Path | str, stored: dict, wanted: dict, advice: str) -> None:
+    """Raise UserError, naming the flags, where a file was made with other settings than this command asks for."""
+    differing = [
+        f"--{name.replace('_', '-')} is {stored.get(name)!r} there and {wanted[name]!r} here"
+        for name in wanted
+        if name not in NEUTRAL_ARGS and stored.get(name) != wanted[name]
+    ]
+    if differing:
+        raise UserError(f"{path}: made with other settings ({'; '.join(differing)}); {advice}")
+
+
+def check_replaceable(path: Path | str, kind: str, args, dataset_meta: dict) -> None:
+    """A file may only be written over by the command that made it, on the dataset that made it."""
+    if Path(path).exists():
+        checkpoint = load_checkpoint(path, (kind,))
+        check_same_args(path, checkpoint["args"], vars(args), "choose a --run-name or delete it")
+        if checkpoint["meta"].get("fingerprint") != dataset_meta["fingerprint"]:
+            raise UserError(f"{path}: made from another dataset; choose a --run-name or delete it")
+
+
+# --- end shared block ---
+
+
+# --- shared block: dataset ---
+# Origin: train_reward.py. Reading dataset.npz (format 1, README), whatever tool wrote it, checked before anything is computed.
+def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: tuple[str, ...] = ()) -> tuple[dict, dict]:
+    """The arrays `names`, those of `optional` that are there, and the meta. Other arrays of the file are not even read.
+
+    Raises UserError, naming file and key, for whatever does not fit the format or the game `env`."""
+
+    def check(fine, key: str, problem: str) -> None:
+        if not fine:
+            raise UserError(f"{path}: '{key}' {problem}")
+
+    data = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in ("meta", *names):
+                check(key in file.files, key, "is missing")
+            meta = json.loads(str(file["meta"]))
+            for key in (*names, *optional):
+                if key in file.files:
+                    data[key] = file[key]
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; collect_data.py makes it") from None
+    except Exception as error:  # truncated, foreign or malicious: numpy and zipfile raise many kinds
+        raise UserError(f"{path}: truncated or not a dataset ({type(error).__name__}: {error})") from None
+
+    check(isinstance(meta, dict), "meta", "is no JSON object")
+    check(meta.get("format") == 1, "meta", f"says format {meta.get('format')}, but this code reads 1")
+    check(meta.get("env") == env, "meta", f"says it is of the game {meta.get('env')!r}; pass --env {meta.get('env')}")
+    num_actions = meta.get("num_actions")
+    check(type(num_actions) is int and 1 <= num_actions <= 256, "meta", f"has num_actions {num_actions}, not 1 to 256")
+
+    dims = {"observations": 4, "actions": 3, "pairs": 2, "labels": 2, "block": 1, "true_rewards": 3, "behavior": 1}
+    for key, array in data.items():
+        kind = "f" if key in ("observations", "true_rewards") else "iu"
+        check(array.dtype.kind in kind, key, f"has the type {array.dtype}; expected {'floats' if kind == 'f' else 'integers'}")
+        check(array.ndim == dims[key], key, f"has the shape {array.shape}; expected {dims[key]} dimensions")
+        check(array.size > 0, key, "is empty")
+        check(kind != "f" or np.isfinite(array).all(), key, "has values that are NaN or infinite")
+    N, T, A = data["actions"].shape
+    expected = {"observations": (N, T + 1, A), "true_rewards": (N, T, A), "labels": (..., A), "block": (N,), "pairs": (..., 2)}
+    for key in expected.keys() & data.keys():
+        fits = all(want in (..., have) for want, have in zip(expected[key], data[key].shape, strict=False))
+        check(fits, key, f"has the shape {data[key].shape}, which does not fit actions {(N, T, A)}")
+    low, high = data["actions"].min(), data["actions"].max()
+    problem = f"has values from {low} to {high} but {env} has {num_actions} actions; was it collected for another --env?"
+    check(low >= 0 and high < num_actions, "actions", problem)
+    if "pairs" in data:
+        pairs, labels = data["pairs"], data["labels"]
+        check(len(pairs) == len(labels), "labels", f"has {len(labels)} rows for {len(pairs)} pairs")
+        check(pairs.min() >= 0 and pairs.max() < N, "pairs", f"has indices outside 0 .. {N - 1}")
+        check((pairs[:, 0] != pairs[:, 1]).all(), "pairs", "compares a trajectory with itself")
+        check(np.isin(labels, (-1, 1)).all(), "labels", "has values other than +1 and -1")
+        if "block" in data:
+            block = data["block"]
+            check((block[pairs[:, 0]] == block[pairs[:, 1]]).all(), "block", "has pairs that cross blocks")
+    meta["fingerprint"] = hashlib.sha256(np.ascontiguousarray(data["actions"])).hexdigest()[:16]  # tells datasets apart
+    tensors = {key: torch.from_numpy(array) for key, array in data.items()}
+    tensors["observations"], tensors["actions"] = tensors["observations"].float(), tensors["actions"].to(torch.uint8)
+    return tensors, meta
+
+
+# --- end shared block ---
+
+
+# --- shared block: reward_network ---
+# Origin: train_reward.py. r_phi of Eq. (1) to (4).
+class RewardNetwork(nn.Module):
+    """Step rewards of all agents. Embeddings of observation and action are added, hidden layers follow (B.1). With input
+    "joint" the observation is that of all agents, s in the paper's r_phi(s, a_i); with "own" that of the agent itself."""
+
+    def __init__(self, observation_dim, num_agents, num_actions, input="joint", network="mlp", hidden_dim=128, num_layers=3):
+        super().__init__()
+        if input not in ("joint", "own"):
+            raise UserError(f"--input {input}: unknown, choose joint or own")
+        if network not in ("mlp", "gru"):
+            raise UserError(f"--network {network}: unknown, choose mlp or gru")
+        self.observation_embedding = nn.Linear(observation_dim * (num_agents if input == "joint" else 1), hidden_dim)
+        self.action_embedding = nn.Linear(num_agents + num_actions, hidden_dim, bias=False)  # of one-hot id and action
+        if network == "gru":
+            self.body = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
+        else:
+            layers = [layer for _ in range(num_layers - 1) for layer in (nn.Linear(hidden_dim, hidden_dim), nn.ReLU())]
+            self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(hidden_dim, 1)
+        self.input, self.network, self.num_agents, self.num_actions = input, network, num_agents, num_actions
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """observations (B, T, A, D), actions (B, T, A) -> rewards (B, T, A)."""
+        B, T, A, _ = observations.shape
+        if self.input == "joint":
+            observations = observations.flatten(2)[:, :, None]  # (B, T, 1, A * D): embedded once, added to every agent
+        ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
+        chosen = F.one_hot(actions.long(), self.num_actions).to(observations.dtype)
+        x = self.observation_embedding(observations) + self.action_embedding(torch.cat([ids, chosen], dim=-1))
+        x = F.relu(x)  # (B, T, A, H)
+        if self.network == "gru":
+            x, _ = self.body(x.transpose(1, 2).flatten(0, 1))  # (B * A, T, H)
+            x = x.unflatten(0, (B, A)).transpose(1, 2)
+        else:
+            x = self.body(x)
+        return self.head(x).squeeze(-1)
+
+
+# --- end shared block ---
+
+
+# --- shared block: particle_env ---
+# Origin: collect_data.py. The multi-agent particle environments (package mpe2), N of them at once. Inside, tensors keep
+# the environments last, e.g. positions (A, 2, N), because elementwise work on long rows is fastest; observations,
+# actions and rewards come and go with the environments first. A game is a table of constants and a reward function.
+@dataclass(frozen=True)
+class Game:
+    """Constants of one game; tuples have one entry per agent. Returns low and high fix the scale of the score."""
+
+    name: str
+    num_agents: int
+    num_landmarks: int
+    num_actions: int
+    agent_sizes: tuple[float, ...]
+    accelerations: tuple[float, ...]
+    reward: Callable[[ParticleEnv], torch.Tensor]
+    """(N, A) from the environment as it is after a step"""
+    low: float
+    """mean return of the random policy: score 0"""
+    high: float
+    """mean return of the paper's authors' best expert: score 100"""
+    message_size: int = 2
+    """numbers that each agent sees of each other agent's message; the agents of spread are silent, so zeros"""
+    horizon: int = 25
+
+    @property
+    def observation_dim(self) -> int:
+        return 4 + 2 * self.num_landmarks + (2 + self.message_size) * (self.num_agents - 1)
+
+    def score(self, mean_return: float) -> float:
+        return 100 * (mean_return - self.low) / (self.high - self.low)
+
+
+def spread_reward(env: ParticleEnv) -> torch.Tensor:
+    """0.5 * (-sum over landmarks of the distance to the nearest agent) + 0.5 * (-number of other agents touched)."""
+    L = env.game.num_landmarks
+    coverage = env.distances[:, :L].amin(dim=0).sum(dim=0)  # (A, L, N) -> (N,)
+    touched = (env.distances[:, L:] < env.contact_distances).sum(dim=1)  # (A, A - 1, N) -> (A, N)
+    return (-0.5 * coverage - 0.5 * touched).T
+
+
+GAMES = {
+    "spread": Game("spread", 3, 3, 5, (0.15,) * 3, (5.0,) * 3, spread_reward, low=-26.46, high=-10.03),
+}
+
+
+def find_game(path: Path | str, env: str, shape: tuple[int, int, int, int]) -> Game | None:
+    """The game a file says it is of, None if it is not one of GAMES. Raises UserError where the file's numbers of agents,
+    observations, actions and steps are not the game's."""
+    game = GAMES.get(env)
+    if game is not None:
+        expected = (game.num_agents, game.observation_dim, game.num_actions, game.horizon)
+        if shape != expected:
+            raise UserError(f"{path}: (agents, observation size, actions, steps) are {shape} but {env} has {expected}")
+    return game
+
+
+class ParticleEnv:
+    """N copies of a game, stepped together. All of them last `game.horizon` steps, so there is no done flag.
+
+    Equal to mpe2 within rounding (tests/test_particle_env.py): a position moves with the old velocity, then the velocity
+    is damped, then the force of action and contacts is added.
+    """
+
+    dt, damping, contact_force, contact_margin = 0.1, 0.25, 100.0, 1e-3  # mpe2/_mpe_utils/core.py; masses are 1
+
+    def __init__(self, game: Game, num_envs: int, device="cpu", dtype=torch.float32):
+        A, L = game.num_agents, game.num_landmarks
+        self.game, self.num_envs, self.device, self.dtype = game, num_envs, torch.device(device), dtype
+        others = [[j for j in range(A) if j != i] for i in range(A)]
+        # What agent i observes and touches, in MPE2's order: all landmarks (entities A, A + 1, ...), then the other agents.
+        self.observed = torch.tensor([[*range(A, A + L), *others[i]] for i in range(A)], device=device)
+        sizes = torch.tensor(game.agent_sizes, device=device, dtype=dtype)
+        self.contact_distances = (sizes[:, None] + sizes[torch.tensor(others, device=device)])[..., None]  # (A, A - 1, 1)
+        self.accelerations = torch.tensor(game.accelerations, device=device, dtype=dtype)[:, None]  # (A, 1)
+        self.moves = torch.tensor([[0, -1, 1, 0, 0], [0, 0, 0, -1, 1]], device=device, dtype=dtype)  # (x and y, action)
+        self.messages = torch.zeros(A, (A - 1) * game.message_size, num_envs, device=device, dtype=dtype)
+
+    def reset(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """New random start states -> observations (N, A, D)."""
+        A, L = self.game.num_agents, self.game.num_landmarks
+        shape = (self.num_envs, A + L, 2)
+        uniform = 2 * torch.rand(shape, generator=generator, device=self.device, dtype=self.dtype) - 1
+        return self.set_state(uniform[:, :A], torch.zeros_like(uniform[:, :A]), uniform[:, A:])
+
+    def set_state(self, positions, velocities, landmarks) -> torch.Tensor:
+        """Start from positions and velocities (N, A, 2) and landmarks (N, L, 2) -> observations (N, A, D)."""
+        self.positions, self.velocities, self.landmarks = (
+            x.to(self.device, self.dtype).permute(1, 2, 0).contiguous() for x in (positions, velocities, landmarks)
+        )
+        return self._observe()
+
+    def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """actions (N, A) in 0 .. num_actions - 1 -> observations (N, A, D), rewards (N, A)."""
+        force = (self.moves[:, actions.T] * self.accelerations).transpose(0, 1)  # (A, 2, N)
+        # Contacts between agents: a softplus of the overlap, written so that neither exp overflows nor its slow
+        # subnormal range is reached (beyond 80 it adds less than 1e-34).
+        L = self.game.num_landmarks
+        distances = self.distances[:, L:]  # (A, A - 1, N)
+        overlap = (self.contact_distances - distances) / self.contact_margin
+        softplus = overlap.clamp(min=0) + torch.log1p(torch.exp(-overlap.abs().clamp(max=80)))
+        push = self.contact_force * self.contact_margin * softplus / distances
+        force = force - (self.relative[:, L:] * push[:, :, None]).sum(dim=1)
+        self.positions = self.positions + self.velocities * self.dt
+        self.velocities = self.velocities * (1 - self.damping) + force * self.dt
+        observations = self._observe()
+        return observations, self.game.reward(self)
+
+    def _observe(self) -> torch.Tensor:
+        entities = torch.cat([self.positions, self.landmarks])  # (A + L, 2, N)
+        self.relative = entities[self.observed] - self.positions[:, None]  # (A, L + A - 1, 2, N)
+        x, y = self.relative.unbind(dim=2)
+        self.distances = (x * x + y * y).sqrt()  # (A, L + A - 1, N)
+        parts = [self.velocities, self.positions, self.relative.flatten(1, 2), self.messages]
+        return torch.cat(parts, dim=1).permute(2, 0, 1).contiguous()  # (N, A, D)
+
+
+# --- end shared block ---
+
+
+# --- shared block: agent_network ---
+# Origin: vdn_rlhf.py. The network of every policy in this project: Q-values of VDN, action logits of imitation learning.
+class AgentNetwork(nn.Module):
+    """One network for all agents, told apart by a one-hot id. Its policy is Markov in (observation, step) with an MLP, as
+    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3, and reads the observations so far with a GRU."""
+
+    def __init__(self, observation_dim, num_agents, num_actions, horizon, network="mlp", hidden_dim=128, num_layers=3):
+        super().__init__()
+        input_dim = observation_dim + num_agents + 1
+        if network == "mlp":
+            dims = [input_dim] + [hidden_dim] * num_layers
+            layers = [layer for i in range(num_layers) for layer in (nn.Linear(dims[i], dims[i + 1]), nn.ReLU())]
+            self.body = nn.Sequential(*layers)
+        elif network == "gru":
+            self.embedding = nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.ReLU())
+            self.body = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
+        else:
+            raise UserError(f"--network {network}: unknown, choose mlp or gru")
+        self.head = nn.Linear(hidden_dim, num_actions)
+        self.network, self.observation_dim, self.num_agents = network, observation_dim, num_agents
+        self.num_actions, self.horizon = num_actions, horizon
+
+    def forward(self, observations, first_step=0, memory=None):
+        """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
+
+        `memory` is the GRU's state after the steps before first_step, None at the start of an episode."""
+        B, T, A, _ = observations.shape
+        ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
+        steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
+        x = torch.cat([observations, ids, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
+        if self.network == "mlp":
+            return self.head(self.body(x)), None
+        x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
+        x, memory = self.body(x, memory)
+        return self.head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
+
+
+# --- end shared block ---
+
+
+# --- shared block: rollout ---
+# Origin: collect_data.py. Policies that act, and whole episodes in all environments at once.
+def make_actor(network: nn.Module | None, num_actions: int, generator, sample=False, epsilon=0.0) -> Callable:
+    """-> act(observations (N, A, D), step) -> actions (N, A): greedy in the network's outputs, or sampled from their
+    softmax; with probability epsilon, or without a network, uniformly random."""
+    memory = None
+
+    def act(observations, step):
+        nonlocal memory
+        (N, A, _), device = observations.shape, observations.device
+        random_actions = torch.randint(num_actions, (N, A), generator=generator, device=device)
+        if network is None:
+            return random_actions
+        outputs, memory = network(observations[:, None], step, memory if step > 0 else None)
+        if sample:
+            flat = torch.softmax(outputs.flatten(0, 2), dim=-1)
+            actions = torch.multinomial(flat, 1, generator=generator).view(N, A)
+        else:
+            actions = outputs[:, 0].argmax(dim=-1)
+        if epsilon == 0:
+            return actions
+        explore = torch.rand((N, A), generator=generator, device=device) < epsilon
+        return torch.where(explore, random_actions, actions)
+
+    return act
+
+
+@torch.no_grad()
+def rollout(env, act: Callable, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One episode in each environment, from env's present state -> observations (N, T + 1, A, D), actions (N, T, A),
+    rewards (N, T, A)."""
+    T = env.game.horizon
+    all_observations, all_actions, all_rewards = [observations], [], []
+    for step in range(T):
+        actions = act(all_observations[-1].float(), step)
+        observations, rewards = env.step(actions)
+        all_observations.append(observations)
+        all_actions.append(actions)
+        all_rewards.append(rewards)
+    return torch.stack(all_observations, 1), torch.stack(all_actions, 1), torch.stack(all_rewards, 1)
+
+
+def mean_return(game, network, num_episodes: int, seed: int, device, sample=False) -> float:
+    """Mean over fresh episodes and agents of the undiscounted return; equal seeds give equal start states."""
+    generator = torch.Generator(device).manual_seed(seed)
+    env = ParticleEnv(game, num_episodes, device)
+    observations = env.reset(generator)
+    rewards = rollout(env, make_actor(network, game.num_actions, generator, sample), observations)[2]
+    return rewards.sum(dim=1).mean().item()
+
+
+# --- end shared block ---
+
+
+# --- shared block: vdn ---
+# Origin: vdn_rlhf.py. Value decomposition: the team's Q is the sum of the agents' (Sunehag et al., 2017).
+def td_lambda_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, td_lambda: float) -> torch.Tensor:
+    """Targets G_t = r_t + gamma * ((1 - lambda) * V_{t+1} + lambda * G_{t+1}) with V_T = G_T = 0: the game ends after step T,
+    so nothing is bootstrapped past it. (B, T) and (B, T) -> (B, T); next_values[:, t] is V_{t+1}, its last column is ignored.
+
+    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (1 - lambda) * V_{k+1}): one matrix product."""
+    T = rewards.shape[1]
+    steps = torch.arange(T, device=rewards.device)
+    lag = steps[:, None] - steps[None, :]  # (k, t)
+    decay = torch.where(lag >= 0, (gamma * td_lambda) ** lag.clamp(min=0).to(rewards.dtype), 0)
+    bootstrap = gamma * (1 - td_lambda) * next_values * (steps < T - 1)
+    return (rewards + bootstrap) @ decay
+
+
+def vdn_loss(online, target, observations, actions, rewards, gamma: float, td_lambda: float) -> torch.Tensor:
+    """Mean squared TD error of Q_tot = sum_i Q_i over whole episodes. observations (B, T + 1, A, D), actions (B, T, A),
+    team rewards (B, T). Double Q-learning: the online network chooses the next action, the target network values it."""
+    q_values, _ = online(observations[:, :-1])  # (B, T, A, num_actions); the step T + 1 is never needed
+    q_chosen = q_values.gather(-1, actions[..., None]).squeeze(-1).sum(dim=-1)  # (B, T)
+    with torch.no_grad():
+        target_q_values, _ = target(observations[:, :-1])
+        greedy = q_values.argmax(dim=-1, keepdim=True)
+        values = target_q_values.gather(-1, greedy).squeeze(-1).sum(dim=-1)  # (B, T): V_0 .. V_{T-1}
+        next_values = F.pad(values[:, 1:], (0, 1))  # V_1 .. V_{T-1}, V_T = 0
+        targets = td_lambda_targets(rewards, next_values, gamma, td_lambda)
+    return F.mse_loss(q_chosen, targets)
+
+
+# --- end shared block ---
+
+
+@torch.no_grad()
+def team_rewards(reward_model, reward_stats: dict, reference_policy, observations, actions, beta: float, kl_clip: float):
+    """Eq. (3) and (4): the team's reward of every step, sum_i [r_std,i + beta * (log pi_ref(a_i | o_i) + log |A_i|)].
+
+    Eq. (3) has -log(pi_w / pi_ref); a greedy Q-policy has no density, so pi_w is 1 / |A_i| (section 5.3). observations
+    (B, T + 1, A, D), actions (B, T, A) -> (B, T)."""
+    r_phi = reward_model(observations[:, :-1], actions)  # (B, T, A)
+    r_std = (r_phi - reward_stats["mean"]) / max(reward_stats["std"], 1e-8)
+    logits, _ = reference_policy(observations[:, :-1])
+    kl_reward = beta * (log_prob(logits, actions) + math.log(reference_policy.num_actions))
+    if kl_clip > 0:
+        kl_reward = kl_reward.clamp(-kl_clip, kl_clip)
+    return (r_std + kl_reward).sum(dim=-1)
+
+
+def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Log-probability of actions (B, T, A) under logits (B, T, A, num_actions)."""
+    return logits.log_softmax(dim=-1).gather(-1, actions[..., None].long()).squeeze(-1)
+
+
+def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[str, float]:
+    """Greedy return on 1,024 fresh episodes, and how probable the actions played are under the reference policy."""
+    generator = torch.Generator(device).manual_seed(seed)
+    env = ParticleEnv(game, 1024, device)
+    act = make_actor(online, game.num_actions, generator)
+    observations, actions, rewards = rollout(env, act, env.reset(generator))
+    with torch.no_grad():
+        logits, _ = reference_policy(observations[:, :-1])
+    test_return = rewards.sum(dim=1).mean().item()
+    metrics = {"charts/test_return": test_return, "charts/score": game.score(test_return)}
+    return metrics | {"charts/log_pi_ref": log_prob(logits, actions).mean().item()}
+
+
+def make_missing(path: Path, named: str, script: str, flags: dict) -> None:
+    """Have the sibling script make a file that is missing at its default path. A path that the user named must exist."""
+    if path.exists():
+        return
+    sibling = Path(__file__).with_name(script)
+    if named or not sibling.exists():
+        raise UserError(f"{path}: no such file; {script} makes it" + ("" if named else ", which is not beside this script"))
+    words = [word for name, value in flags.items() if value for word in (f"--{name}", *([] if value is True else [str(value)]))]
+    print("$", shlex.join(["python", script, *words]), flush=True)
+    status = subprocess.run([sys.executable, str(sibling), *words]).returncode
+    if status:
+        sys.exit(status)
+
+
+def print_table(game: Game, rows: dict, reward_metrics: dict, args: Args, device) -> None:
+    """The closing table, all rows on the same 4,096 start states."""
+    print(
+        f"\nMean over agents of the undiscounted return of {game.horizon} steps, 4,096 fresh episodes; score: random policy 0,"
+    )
+    print("the paper's authors' best expert 100.\n")
+    print(f"| {'policy':22s} | {'return':>8s} | {'score':>6s} |\n|{'-' * 24}|{'-' * 9}:|{'-' * 7}:|")
+    for name, (network, sample) in rows.items():
+        value = mean_return(game, network, 4096, args.seed + 10**6, device, sample)
+        print(f"| {name:22s} | {value:8.2f} | {game.score(value):6.1f} |")
+    if "reward/accuracy" in reward_metrics:
+        bayes = reward_metrics.get("reward/bayes_accuracy")
+        best = f" (the true return reaches {bayes:.3f})" if bayes is not None else ""
+        print(f"\nReward model on held-out pairs: accuracy {reward_metrics['reward/accuracy']:.3f}{best}")
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    preset = "" if args.preset == "default" else args.preset
+    folder = Path(args.data_path).parent if args.data_path else Path(f"runs/{args.env}/{args.dataset}")
+    data_path = Path(args.data_path or folder / "dataset.npz")
+    reward_path = Path(
+        args.reward_path or folder / f"{'-'.join(filter(None, ['reward', preset]))}-alpha{args.alpha:g}-seed{args.seed}.pt"
+    )
+    bc_path = Path(args.bc_path or folder / f"{'-'.join(filter(None, ['bc', preset]))}-seed{args.seed}.pt")
+    name = f"{'-'.join(filter(None, ['vdn', args.run_name]))}-beta{args.beta:g}-alpha{args.alpha:g}-seed{args.seed}"
+    vdn_path = Path(args.vdn_path or folder / f"{name}.pt")
+
+    common = dict(env=args.env, dataset=args.dataset)
+    machine = {"device": args.device, "num-threads": args.num_threads, "deterministic": args.deterministic}
+    make_missing(data_path, args.data_path, "collect_data.py", common | machine)
+    common |= dict(seed=args.seed, preset=preset)
+    paths = {"data-path": args.data_path}
+    make_missing(reward_path, args.reward_path, "train_reward.py", common | dict(alpha=f"{args.alpha:g}") | paths | machine)
+    make_missing(bc_path, args.bc_path, "train_bc.py", common | paths | machine)
+
+    data, meta = load_dataset(data_path, args.env, ("observations", "actions"))
+    observations, actions = data["observations"].to(device), data["actions"].to(device)
+    N, T, A = actions.shape
+    D, num_actions = observations.shape[-1], meta["num_actions"]
+    game = find_game(data_path, args.env, (A, D, num_actions, T))
+    for path in (vdn_path, vdn_path.with_stem(vdn_path.stem + "-best")):
+        check_replaceable(path, "vdn", args, meta)
+    loaded = []
+    expected = dict(env=args.env, seed=args.seed, preset=args.preset)
+    for path, named, kind, network_class in (
+        (reward_path, args.reward_path, "reward", RewardNetwork),
+        (bc_path, args.bc_path, "bc", AgentNetwork),
+    ):
+        checkpoint = load_checkpoint(path, (kind,))
+        if not named:  # made for this command, or for another one?
+            advice = f"name another --{kind}-path or delete it"
+            check_same_args(path, checkpoint["args"], expected | (dict(alpha=args.alpha) if kind == "reward" else {}), advice)
+            if checkpoint["meta"].get("fingerprint") != meta["fingerprint"]:
+                raise UserError(f"{path}: made from another dataset than {data_path}; {advice}")
+        network = build_network(network_class, path, checkpoint, device)
+        dims = {name: checkpoint["meta"]["network"][name] for name in ("observation_dim", "num_agents", "num_actions")}
+        if dims != dict(observation_dim=D, num_agents=A, num_actions=num_actions):
+            raise UserError(f"{path}: 'meta' has {dims}, but {data_path} has {(D, A, num_actions)}")
+        loaded.append((checkpoint, network))
+    (reward_checkpoint, reward_model), (_, reference_policy) = loaded
+    reward_stats = reward_checkpoint["stats"]
+    log = start_tracking(args, vdn_path.stem)
+
+    # The learned rewards never change: computed once for the whole dataset.
+    rewards = [
+        team_rewards(reward_model, reward_stats, reference_policy, *chunk, args.beta, args.kl_clip)
+        for chunk in zip(observations.split(1024), actions.split(1024), strict=True)
+    ]
+    rewards, actions = torch.cat(rewards), actions.long()  # (N, T), (N, T, A)
+
+    shape = dict(observation_dim=D, num_agents=A, num_actions=num_actions, horizon=T)
+    shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers)
+    online = AgentNetwork(**shape).to(device)
+    target = copy.deepcopy(online).requires_grad_(False)
+    optimizer = torch.optim.Adam(online.parameters(), lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_updates)
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    best_return, best, history = -float("inf"), None, []
+    eval_every = max(args.num_updates // 20, 1)
+    progress = tqdm(range(1, args.num_updates + 1), desc=f"offline VDN, beta {args.beta:g}", unit="update", mininterval=1)
+    start, evaluation_time = time.time(), 0.0
+    for update in progress:
+        batch = torch.randint(N, (args.batch_size,), generator=generator, device=device)
+        loss = vdn_loss(online, target, observations[batch], actions[batch], rewards[batch], args.gamma, args.td_lambda)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(online.parameters(), args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.target_update_rate)
+
+        if update % eval_every == 0 or update == args.num_updates:
+            evaluation_start = time.time()
+            metrics = {"losses/td_loss": loss.item()}
+            if not math.isfinite(metrics["losses/td_loss"]):
+                raise UserError(f"losses/td_loss is {loss.item()} after {update} updates; try a smaller --learning-rate")
+            if game is not None:
+                metrics |= evaluate(game, online, reference_policy, args.seed + update, device)
+                progress.set_postfix({"return": f"{metrics['charts/test_return']:.2f}"})
+                if metrics["charts/test_return"] > best_return:
+                    best_return, best = metrics["charts/test_return"], copy.deepcopy(online)
+            log(metrics, update)
+            history.append({"update": update, **metrics})
+            evaluation_time += time.time() - evaluation_start
+    metrics |= {"speed/updates_per_second": args.num_updates / (time.time() - start - evaluation_time)}
+
+    policy_meta = dict(env=args.env, fingerprint=meta["fingerprint"], num_agents=A, network=shape)
+    save_checkpoint(vdn_path, "vdn", args, policy_meta, online, {}, metrics | {"history": history})
+    speed = metrics["speed/updates_per_second"]
+    print(f"{vdn_path}: losses/td_loss {metrics['losses/td_loss']:.3f}, {speed:.1f} updates per second")
+    if game is None:
+        print(f"{args.env} is no game of this script: evaluation skipped")
+        return
+    best_path = vdn_path.with_stem(vdn_path.stem + "-best")
+    save_checkpoint(best_path, "vdn", args, policy_meta, best, {}, {"charts/test_return": best_return, "history": history})
+
+    rows = {"random": (None, False), "BC, greedy": (reference_policy, False), "BC, sampled": (reference_policy, True)}
+    rows |= {"VDN-RLHF, last": (online, False), "VDN-RLHF, best": (best, False)}
+    for name in ("rookie", "expert"):
+        path = Path(__file__).parent / "policies" / args.env / f"{name}.pt"
+        if path.exists():
+            rows[name] = (build_network(AgentNetwork, path, load_checkpoint(path, ("vdn",)), device), False)
+    print_table(game, rows, reward_checkpoint["metrics"], args, device)
+
+
+if __name__ == "__main__":
+    run_command_line(main, Args, PRESETS)
