@@ -326,12 +326,14 @@ class ParticleEnv:
 # --- shared block: agent_network ---
 # Origin: vdn_rlhf.py. The network of every policy in this project: Q-values of VDN, action logits of imitation learning.
 class AgentNetwork(nn.Module):
-    """One network for all agents, told apart by a one-hot id. Its policy is Markov in (observation, step) with an MLP, as
-    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3, and reads the observations so far with a GRU."""
+    """One network for all agents, told apart by a one-hot id. With an MLP its policy is Markov in observation and step, like
+    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far."""
 
-    def __init__(self, observation_dim, num_agents, num_actions, horizon, network="mlp", hidden_dim=128, num_layers=3):
+    def __init__(
+        self, observation_dim, num_agents, num_actions, horizon, network="mlp", hidden_dim=128, num_layers=3, time_input=True
+    ):
         super().__init__()
-        input_dim = observation_dim + num_agents + 1
+        input_dim = observation_dim + num_agents + time_input
         if network == "mlp":
             dims = [input_dim] + [hidden_dim] * num_layers
             layers = [layer for i in range(num_layers) for layer in (nn.Linear(dims[i], dims[i + 1]), nn.ReLU())]
@@ -343,7 +345,7 @@ class AgentNetwork(nn.Module):
             raise UserError(f"--network {network}: unknown, choose mlp or gru")
         self.head = nn.Linear(hidden_dim, num_actions)
         self.network, self.observation_dim, self.num_agents = network, observation_dim, num_agents
-        self.num_actions, self.horizon = num_actions, horizon
+        self.num_actions, self.horizon, self.time_input = num_actions, horizon, time_input
 
     def forward(self, observations, first_step=0, memory=None):
         """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
@@ -351,8 +353,10 @@ class AgentNetwork(nn.Module):
         `memory` is the GRU's state after the steps before first_step, None at the start of an episode."""
         B, T, A, _ = observations.shape
         ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
-        steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
-        x = torch.cat([observations, ids, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
+        x = torch.cat([observations, ids], dim=-1)
+        if self.time_input:
+            steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
+            x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
         if self.network == "mlp":
             return self.head(self.body(x)), None
         x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
