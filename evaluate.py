@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -66,12 +67,14 @@ class UserError(Exception):
 def run_command_line(main: Callable, args_class: type, presets: dict[str, dict]) -> None:
     """Parse sys.argv into args_class and call main. `--preset NAME` replaces defaults; a flag given by hand wins over it."""
     try:
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--preset", default="default")
-        preset = parser.parse_known_args()[0].preset
-        if preset != "default" and preset not in presets:
-            raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
-        defaults = args_class(preset=preset, **presets[preset]) if preset in presets else None
+        defaults = None
+        if presets:
+            parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            parser.add_argument("--preset", default="default")
+            preset = parser.parse_known_args()[0].preset
+            if preset not in ("default", *presets):
+                raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
+            defaults = args_class(preset=preset, **presets.get(preset, {}))
         main(tyro.cli(args_class) if defaults is None else tyro.cli(args_class, default=defaults))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,13 +84,19 @@ def run_command_line(main: Callable, args_class: type, presets: dict[str, dict])
 
 
 def set_up(args) -> torch.device:
-    """Check the numbers, apply --num-threads, --seed and --deterministic; return the device that --device names."""
+    """Check the flags, apply --num-threads, --seed and --deterministic; return the device that --device names."""
+    choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            raise UserError(f"{flag}: must be at least {0 if name == 'seed' else 1}")
+        low = 0 if name == "seed" else 1
+        if name in choices and value not in choices[name]:
+            raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
+        if type(value) is int and not low <= value < 2**31:
+            raise UserError(f"{flag}: must be at least {low} and below 2^31")
         if type(value) is float and not 0 <= value < float("inf"):
             raise UserError(f"{flag}: must be a finite number and not negative")
+        if name in ("learning_rate", "max_grad_norm") and value == 0:
+            raise UserError(f"{flag}: must be above 0")
         if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
@@ -97,6 +106,8 @@ def set_up(args) -> torch.device:
         torch.use_deterministic_algorithms(True)
     try:
         device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
@@ -107,9 +118,12 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
     """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
     if not args.track:
         return lambda metrics, step: None
-    import wandb
+    try:
+        import wandb
 
-    run = wandb.init(project="marlhf", name=name, config=vars(args))
+        run = wandb.init(project="marlhf", name=name, config=vars(args), reinit="finish_previous")
+    except Exception as error:
+        raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     return lambda metrics, step: run.log(metrics, step=step)
 
 
@@ -119,12 +133,16 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
 # --- shared block: checkpoint ---
 # Origin: collect_data.py. Files that are written whole or not at all, and read without executing anything.
 FORMAT = 1
-NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "policies_path"}
+# Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
+# the files that paths name is compared by its hash.
+NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
 
 
 def save_file(path: Path | str, write: Callable) -> None:
     """Call write(file) on a file beside `path`, then rename it, so that nobody ever sees half a file."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +160,8 @@ def save_file(path: Path | str, write: Callable) -> None:
 
 def save_checkpoint(path, kind: str, args, meta: dict, network: nn.Module, stats: dict, metrics: dict) -> None:
     state_dict = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    if not all(torch.isfinite(tensor).all() for tensor in state_dict.values()):
+        raise UserError(f"{path}: not written, the weights are NaN or infinite; try a smaller --learning-rate")
     content = dict(format=FORMAT, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
     buffer = io.BytesIO()  # torch.save hides the reason of a failed write, a plain write does not
     torch.save(content, buffer)
@@ -192,13 +212,18 @@ def check_same_args(path: Path | str, stored: dict, wanted: dict, advice: str) -
         raise UserError(f"{path}: made with other settings ({'; '.join(differing)}); {advice}")
 
 
-def check_replaceable(path: Path | str, kind: str, args, dataset_meta: dict) -> None:
-    """A file may only be written over by the command that made it, on the dataset that made it."""
+def check_replaceable(path: Path | str, kind: str, args, sources: dict[str, str]) -> None:
+    """A file may only be written over by the command that made it, from the same sources {name: hash}."""
     if Path(path).exists():
         checkpoint = load_checkpoint(path, (kind,))
         check_same_args(path, checkpoint["args"], vars(args), "choose a --run-name or delete it")
-        if checkpoint["meta"].get("fingerprint") != dataset_meta["fingerprint"]:
-            raise UserError(f"{path}: made from another dataset; choose a --run-name or delete it")
+        for name, digest in sources.items():
+            if checkpoint["meta"].get("sources", {}).get(name) != digest:
+                raise UserError(f"{path}: made from another {name}; choose a --run-name or delete it")
+
+
+def hash_file(path: Path | str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 # --- end shared block ---
@@ -218,35 +243,50 @@ class Game:
     num_actions: int
     agent_sizes: tuple[float, ...]
     accelerations: tuple[float, ...]
+    max_speeds: tuple[float, ...]
+    """of the agents; infinite: no limit"""
+    landmark_size: float
+    """landmarks push agents away within this radius; minus infinity: they do not touch"""
+    landmark_range: float
+    """landmarks start in +- this, agents in +-1"""
+    observation_dim: int
+    observe: Callable[[ParticleEnv], torch.Tensor]
+    """(A, D, N) from the environment as it is"""
     reward: Callable[[ParticleEnv], torch.Tensor]
-    """(N, A) from the environment as it is after a step"""
+    """(A, N) from the environment as it is after a step"""
     low: float
     """mean return of the random policy: score 0"""
     high: float
     """mean return of the paper's authors' best expert: score 100"""
-    message_size: int = 2
-    """numbers that each agent sees of each other agent's message; the agents of spread are silent, so zeros"""
     horizon: int = 25
-
-    @property
-    def observation_dim(self) -> int:
-        return 4 + 2 * self.num_landmarks + (2 + self.message_size) * (self.num_agents - 1)
 
     def score(self, mean_return: float) -> float:
         return 100 * (mean_return - self.low) / (self.high - self.low)
+
+
+def spread_observation(env: ParticleEnv) -> torch.Tensor:
+    """Own velocity and position, landmarks and other agents relative to it, zeros for the messages of silent agents."""
+    messages = env.positions.new_zeros(len(env.positions), 2 * (len(env.positions) - 1), env.num_envs)
+    return torch.cat([env.velocities, env.positions, env.relative.flatten(1, 2), messages], dim=1)
 
 
 def spread_reward(env: ParticleEnv) -> torch.Tensor:
     """0.5 * (-sum over landmarks of the distance to the nearest agent) + 0.5 * (-number of other agents touched)."""
     L = env.game.num_landmarks
     coverage = env.distances[:, :L].amin(dim=0).sum(dim=0)  # (A, L, N) -> (N,)
-    touched = (env.distances[:, L:] < env.contact_distances).sum(dim=1)  # (A, A - 1, N) -> (A, N)
-    return (-0.5 * coverage - 0.5 * touched).T
+    touched = (env.distances[:, L:] < env.contact_distances[:, L:]).sum(dim=1)  # (A, A - 1, N) -> (A, N)
+    return -0.5 * coverage - 0.5 * touched
 
 
-GAMES = {
-    "spread": Game("spread", 3, 3, 5, (0.15,) * 3, (5.0,) * 3, spread_reward, low=-26.46, high=-10.03),
-}
+def spread(num_agents: int = 3, num_landmarks: int = 3, low: float = -26.46, high: float = -10.03) -> Game:
+    A, L, infinity = num_agents, num_landmarks, float("inf")
+    sizes = dict(name="spread", num_agents=A, num_landmarks=L, num_actions=5, observation_dim=4 + 2 * L + 4 * (A - 1))
+    bodies = dict(agent_sizes=(0.15,) * A, accelerations=(5.0,) * A, max_speeds=(infinity,) * A)
+    landmarks = dict(landmark_size=-infinity, landmark_range=1.0)
+    return Game(**sizes, **bodies, **landmarks, observe=spread_observation, reward=spread_reward, low=low, high=high)
+
+
+GAMES = {"spread": spread()}
 
 
 def find_game(path: Path | str, env: str, shape: tuple[int, int, int, int]) -> Game | None:
@@ -272,52 +312,58 @@ class ParticleEnv:
     def __init__(self, game: Game, num_envs: int, device="cpu", dtype=torch.float32):
         A, L = game.num_agents, game.num_landmarks
         self.game, self.num_envs, self.device, self.dtype = game, num_envs, torch.device(device), dtype
+        options = dict(device=device, dtype=dtype)
         others = [[j for j in range(A) if j != i] for i in range(A)]
         # What agent i observes and touches, in MPE2's order: all landmarks (entities A, A + 1, ...), then the other agents.
         self.observed = torch.tensor([[*range(A, A + L), *others[i]] for i in range(A)], device=device)
-        sizes = torch.tensor(game.agent_sizes, device=device, dtype=dtype)
-        self.contact_distances = (sizes[:, None] + sizes[torch.tensor(others, device=device)])[..., None]  # (A, A - 1, 1)
-        self.accelerations = torch.tensor(game.accelerations, device=device, dtype=dtype)[:, None]  # (A, 1)
-        self.moves = torch.tensor([[0, -1, 1, 0, 0], [0, 0, 0, -1, 1]], device=device, dtype=dtype)  # (x and y, action)
-        self.messages = torch.zeros(A, (A - 1) * game.message_size, num_envs, device=device, dtype=dtype)
+        sizes = torch.tensor([*game.agent_sizes, *[game.landmark_size] * L], **options)
+        self.contact_distances = (sizes[:A, None] + sizes[self.observed])[..., None]  # (A, L + A - 1, 1)
+        self.first_contact = L if game.landmark_size < 0 else 0  # skips the landmarks where nothing touches them
+        self.accelerations = torch.tensor(game.accelerations, **options)[:, None]  # (A, 1)
+        self.max_speeds = torch.tensor(game.max_speeds, **options)[:, None]  # (A, 1)
+        self.moves = torch.tensor([[0, -1, 1, 0, 0], [0, 0, 0, -1, 1]], **options)  # (x and y, action)
 
     def reset(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """New random start states -> observations (N, A, D)."""
         A, L = self.game.num_agents, self.game.num_landmarks
         shape = (self.num_envs, A + L, 2)
         uniform = 2 * torch.rand(shape, generator=generator, device=self.device, dtype=self.dtype) - 1
-        return self.set_state(uniform[:, :A], torch.zeros_like(uniform[:, :A]), uniform[:, A:])
+        return self.set_state(uniform[:, :A], torch.zeros_like(uniform[:, :A]), uniform[:, A:] * self.game.landmark_range)
 
     def set_state(self, positions, velocities, landmarks) -> torch.Tensor:
         """Start from positions and velocities (N, A, 2) and landmarks (N, L, 2) -> observations (N, A, D)."""
         self.positions, self.velocities, self.landmarks = (
             x.to(self.device, self.dtype).permute(1, 2, 0).contiguous() for x in (positions, velocities, landmarks)
         )
-        return self._observe()
+        self._measure()
+        return self.game.observe(self).permute(2, 0, 1).contiguous()
 
     def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """actions (N, A) in 0 .. num_actions - 1 -> observations (N, A, D), rewards (N, A)."""
         force = (self.moves[:, actions.T] * self.accelerations).transpose(0, 1)  # (A, 2, N)
-        # Contacts between agents: a softplus of the overlap, written so that neither exp overflows nor its slow
-        # subnormal range is reached (beyond 80 it adds less than 1e-34).
-        L = self.game.num_landmarks
-        distances = self.distances[:, L:]  # (A, A - 1, N)
-        overlap = (self.contact_distances - distances) / self.contact_margin
+        # Contacts: a softplus of the overlap, written so that neither exp overflows nor its slow subnormal range is
+        # reached (beyond 80 it adds less than 1e-34).
+        first = self.first_contact
+        distances = self.distances[:, first:]  # (A, landmarks and agents it can touch, N)
+        overlap = (self.contact_distances[:, first:] - distances) / self.contact_margin
         softplus = overlap.clamp(min=0) + torch.log1p(torch.exp(-overlap.abs().clamp(max=80)))
         push = self.contact_force * self.contact_margin * softplus / distances
-        force = force - (self.relative[:, L:] * push[:, :, None]).sum(dim=1)
+        force = force - (self.relative[:, first:] * push[:, :, None]).sum(dim=1)
         self.positions = self.positions + self.velocities * self.dt
         self.velocities = self.velocities * (1 - self.damping) + force * self.dt
-        observations = self._observe()
-        return observations, self.game.reward(self)
+        if min(self.game.max_speeds) < float("inf"):
+            x, y = self.velocities.unbind(dim=1)
+            speeds = (x * x + y * y).sqrt()  # (A, N)
+            self.velocities = self.velocities * (self.max_speeds / speeds).clamp(max=1)[:, None]
+        self._measure()
+        return self.game.observe(self).permute(2, 0, 1).contiguous(), self.game.reward(self).T
 
-    def _observe(self) -> torch.Tensor:
+    def _measure(self) -> None:
+        """Where every agent sees landmarks and other agents, and how far they are."""
         entities = torch.cat([self.positions, self.landmarks])  # (A + L, 2, N)
         self.relative = entities[self.observed] - self.positions[:, None]  # (A, L + A - 1, 2, N)
         x, y = self.relative.unbind(dim=2)
         self.distances = (x * x + y * y).sqrt()  # (A, L + A - 1, N)
-        parts = [self.velocities, self.positions, self.relative.flatten(1, 2), self.messages]
-        return torch.cat(parts, dim=1).permute(2, 0, 1).contiguous()  # (N, A, D)
 
 
 # --- end shared block ---
@@ -377,9 +423,8 @@ def make_actor(network: nn.Module | None, num_actions: int, generator, sample=Fa
     def act(observations, step):
         nonlocal memory
         (N, A, _), device = observations.shape, observations.device
-        random_actions = torch.randint(num_actions, (N, A), generator=generator, device=device)
         if network is None:
-            return random_actions
+            return torch.randint(num_actions, (N, A), generator=generator, device=device)
         outputs, memory = network(observations[:, None], step, memory if step > 0 else None)
         if sample:
             flat = torch.softmax(outputs.flatten(0, 2), dim=-1)
@@ -388,6 +433,7 @@ def make_actor(network: nn.Module | None, num_actions: int, generator, sample=Fa
             actions = outputs[:, 0].argmax(dim=-1)
         if epsilon == 0:
             return actions
+        random_actions = torch.randint(num_actions, (N, A), generator=generator, device=device)
         explore = torch.rand((N, A), generator=generator, device=device) < epsilon
         return torch.where(explore, random_actions, actions)
 
@@ -476,8 +522,6 @@ def play(game: Game, network, args: Args, device: torch.device) -> torch.Tensor:
 
 def main(args: Args) -> dict:
     device = set_up(args)
-    if args.backend not in ("torch", "mpe2"):
-        raise UserError(f"--backend {args.backend}: unknown, choose torch or mpe2")
     network, env = None, args.env
     if args.policy_path != "random":
         checkpoint = load_checkpoint(args.policy_path, ("vdn", "bc"))
@@ -488,7 +532,8 @@ def main(args: Args) -> dict:
         sizes = (network.num_agents, network.observation_dim, network.num_actions, network.horizon)
         find_game(args.policy_path, env, sizes)
     if env not in GAMES:
-        raise UserError(f"--env {env or 'is missing'}: choose from {', '.join(GAMES)}")
+        source = "--env" if network is None else f"{args.policy_path}: 'meta' has the game"
+        raise UserError(f"{source} {env or 'is missing'}: choose from {', '.join(GAMES)}")
     game = GAMES[env]
 
     returns = play(game, network, args, device)  # (N, A)

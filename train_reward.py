@@ -5,22 +5,27 @@ of a dataset.npz; writes reward.pt with the weights and the mean and standard de
 
 Usage: python train_reward.py --env spread --dataset diversified --alpha 1
 
-Logged metrics (stdout, `metrics` in the file and, with --track, wandb); reward/* and the final losses are of the test part:
+Logged metrics (stdout, `metrics` in the file and, with --track, wandb). All are of the test part, which neither training nor
+early stopping sees; the same ones of the early-stopping part are logged after every epoch as validation/*:
     losses/nll                  mean negative log-likelihood per label; chance is 0.693
     losses/smoothness           L_MSE of Eq. (2) divided by max(Var(trajectory return), 1), as it enters Eq. (1)
+    losses/loss                 Eq. (1): likelihood summed over agents plus alpha times the smoothness
     reward/accuracy             share of labels that the model predicts
     reward/bayes_nll            the same two for the true return, which drew the labels: nothing can be
     reward/bayes_accuracy       better in expectation
     reward/standardized_mse     mean squared difference of predicted and true rewards, both standardised over all steps
-                                and agents of the test part
+                                and agents
     reward/correlation          their correlation
+    final/nll, final/accuracy   of the last epoch's weights; what is saved and reported above is the best epoch's
+    losses/training_nll         losses/nll on the training part
 
 Deviations from the paper:
 1. Eq. (1) divides by Var_D(r_phi) of the steps. That variance vanishes while the outputs are still small, and the penalty
    then holds them there: the model collapses to a constant from alpha = 0.1 to 10 on. Here L_MSE is divided by the
    detached max(Var(trajectory return of r_phi), 1), which follows the paper's Table 7. The variance is the minibatch's.
-2. `--input joint` gives the model what the paper writes, r_phi(s, a_i), s being all agents' observations. The published
-   code and `--preset paper` give it the agent's own observation.
+2. `--input joint` gives the model what the paper writes, r_phi(s, a_i), s being all agents' observations; B.1 speaks of an
+   observation embedding, so `--preset paper` gives it the agent's own.
+3. The learning rate falls along a cosine, and training ends with it, after far fewer than the paper's 100 epochs.
 """
 
 from __future__ import annotations
@@ -79,8 +84,8 @@ class Args:
     """mlp or gru (paper: mlp for spread and reference, rnn for tag)"""
     hidden_dim: int = 128
     """width of every hidden layer"""
-    num_layers: int = 3
-    """layers before the output, the embedding of observation and action being the first"""
+    num_layers: int = 4
+    """layers of the mlp before the output, the first being the embedding (the gru has the embedding and the recurrence)"""
     learning_rate: float = 3e-3
     """of Adam; falls to zero along a cosine over max_epochs"""
     max_epochs: int = 8
@@ -89,7 +94,8 @@ class Args:
     """stop after this many epochs without a better held-out likelihood"""
 
 
-PRESETS = {"paper": dict(run_name="paper", input="own", num_layers=4, learning_rate=1e-3, max_epochs=100, patience=100)}
+PRESETS = {"paper": dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100, patience=100)}
+RETURN_STATISTICS = ("return_mean", "return_std")  # of the meta, per agent: with the steepness they made the labels
 MINIBATCH_PAIRS = 256  # for datasets without blocks
 
 
@@ -102,12 +108,14 @@ class UserError(Exception):
 def run_command_line(main: Callable, args_class: type, presets: dict[str, dict]) -> None:
     """Parse sys.argv into args_class and call main. `--preset NAME` replaces defaults; a flag given by hand wins over it."""
     try:
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--preset", default="default")
-        preset = parser.parse_known_args()[0].preset
-        if preset != "default" and preset not in presets:
-            raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
-        defaults = args_class(preset=preset, **presets[preset]) if preset in presets else None
+        defaults = None
+        if presets:
+            parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            parser.add_argument("--preset", default="default")
+            preset = parser.parse_known_args()[0].preset
+            if preset not in ("default", *presets):
+                raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
+            defaults = args_class(preset=preset, **presets.get(preset, {}))
         main(tyro.cli(args_class) if defaults is None else tyro.cli(args_class, default=defaults))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -117,13 +125,19 @@ def run_command_line(main: Callable, args_class: type, presets: dict[str, dict])
 
 
 def set_up(args) -> torch.device:
-    """Check the numbers, apply --num-threads, --seed and --deterministic; return the device that --device names."""
+    """Check the flags, apply --num-threads, --seed and --deterministic; return the device that --device names."""
+    choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            raise UserError(f"{flag}: must be at least {0 if name == 'seed' else 1}")
+        low = 0 if name == "seed" else 1
+        if name in choices and value not in choices[name]:
+            raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
+        if type(value) is int and not low <= value < 2**31:
+            raise UserError(f"{flag}: must be at least {low} and below 2^31")
         if type(value) is float and not 0 <= value < float("inf"):
             raise UserError(f"{flag}: must be a finite number and not negative")
+        if name in ("learning_rate", "max_grad_norm") and value == 0:
+            raise UserError(f"{flag}: must be above 0")
         if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
@@ -133,6 +147,8 @@ def set_up(args) -> torch.device:
         torch.use_deterministic_algorithms(True)
     try:
         device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
@@ -143,9 +159,12 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
     """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
     if not args.track:
         return lambda metrics, step: None
-    import wandb
+    try:
+        import wandb
 
-    run = wandb.init(project="marlhf", name=name, config=vars(args))
+        run = wandb.init(project="marlhf", name=name, config=vars(args), reinit="finish_previous")
+    except Exception as error:
+        raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     return lambda metrics, step: run.log(metrics, step=step)
 
 
@@ -155,12 +174,16 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
 # --- shared block: checkpoint ---
 # Origin: collect_data.py. Files that are written whole or not at all, and read without executing anything.
 FORMAT = 1
-NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "policies_path"}
+# Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
+# the files that paths name is compared by its hash.
+NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
 
 
 def save_file(path: Path | str, write: Callable) -> None:
     """Call write(file) on a file beside `path`, then rename it, so that nobody ever sees half a file."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +201,8 @@ def save_file(path: Path | str, write: Callable) -> None:
 
 def save_checkpoint(path, kind: str, args, meta: dict, network: nn.Module, stats: dict, metrics: dict) -> None:
     state_dict = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    if not all(torch.isfinite(tensor).all() for tensor in state_dict.values()):
+        raise UserError(f"{path}: not written, the weights are NaN or infinite; try a smaller --learning-rate")
     content = dict(format=FORMAT, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
     buffer = io.BytesIO()  # torch.save hides the reason of a failed write, a plain write does not
     torch.save(content, buffer)
@@ -228,13 +253,18 @@ def check_same_args(path: Path | str, stored: dict, wanted: dict, advice: str) -
         raise UserError(f"{path}: made with other settings ({'; '.join(differing)}); {advice}")
 
 
-def check_replaceable(path: Path | str, kind: str, args, dataset_meta: dict) -> None:
-    """A file may only be written over by the command that made it, on the dataset that made it."""
+def check_replaceable(path: Path | str, kind: str, args, sources: dict[str, str]) -> None:
+    """A file may only be written over by the command that made it, from the same sources {name: hash}."""
     if Path(path).exists():
         checkpoint = load_checkpoint(path, (kind,))
         check_same_args(path, checkpoint["args"], vars(args), "choose a --run-name or delete it")
-        if checkpoint["meta"].get("fingerprint") != dataset_meta["fingerprint"]:
-            raise UserError(f"{path}: made from another dataset; choose a --run-name or delete it")
+        for name, digest in sources.items():
+            if checkpoint["meta"].get("sources", {}).get(name) != digest:
+                raise UserError(f"{path}: made from another {name}; choose a --run-name or delete it")
+
+
+def hash_file(path: Path | str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 # --- end shared block ---
@@ -256,30 +286,36 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
         with np.load(path, allow_pickle=False) as file:
             for key in ("meta", *names):
                 check(key in file.files, key, "is missing")
-            meta = json.loads(str(file["meta"]))
+            meta_text = str(file["meta"])
             for key in (*names, *optional):
                 if key in file.files:
                     data[key] = file[key]
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; collect_data.py makes it") from None
     except Exception as error:  # truncated, foreign or malicious: numpy and zipfile raise many kinds
+        if isinstance(error, OSError) and error.errno:
+            hint = "; collect_data.py makes it" if isinstance(error, FileNotFoundError) else ""
+            raise UserError(f"{path}: cannot be read ({error.strerror}){hint}") from None
         raise UserError(f"{path}: truncated or not a dataset ({type(error).__name__}: {error})") from None
 
+    try:
+        meta = json.loads(meta_text)
+    except ValueError:
+        meta = None
     check(isinstance(meta, dict), "meta", "is no JSON object")
     check(meta.get("format") == 1, "meta", f"says format {meta.get('format')}, but this code reads 1")
     check(meta.get("env") == env, "meta", f"says it is of the game {meta.get('env')!r}; pass --env {meta.get('env')}")
     num_actions = meta.get("num_actions")
     check(type(num_actions) is int and 1 <= num_actions <= 256, "meta", f"has num_actions {num_actions}, not 1 to 256")
 
-    dims = {"observations": 4, "actions": 3, "pairs": 2, "labels": 2, "block": 1, "true_rewards": 3, "behavior": 1}
+    # dimensions, kind of number and the type in which the scripts use it
+    kinds = {"observations": (4, "f", np.float32), "actions": (3, "iu", np.uint8), "true_rewards": (3, "f", np.float32)}
+    kinds |= {"pairs": (2, "iu", np.int64), "labels": (2, "iu", np.int8), "block": (1, "iu", np.int64)}
     for key, array in data.items():
-        kind = "f" if key in ("observations", "true_rewards") else "iu"
+        dims, kind, _ = kinds[key]
         check(array.dtype.kind in kind, key, f"has the type {array.dtype}; expected {'floats' if kind == 'f' else 'integers'}")
-        check(array.ndim == dims[key], key, f"has the shape {array.shape}; expected {dims[key]} dimensions")
+        check(array.ndim == dims, key, f"has the shape {array.shape}; expected {dims} dimensions")
         check(array.size > 0, key, "is empty")
-        check(kind != "f" or np.isfinite(array).all(), key, "has values that are NaN or infinite")
     N, T, A = data["actions"].shape
     expected = {"observations": (N, T + 1, A), "true_rewards": (N, T, A), "labels": (..., A), "block": (N,), "pairs": (..., 2)}
     for key in expected.keys() & data.keys():
@@ -297,9 +333,15 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
         if "block" in data:
             block = data["block"]
             check((block[pairs[:, 0]] == block[pairs[:, 1]]).all(), "block", "has pairs that cross blocks")
-    meta["fingerprint"] = hashlib.sha256(np.ascontiguousarray(data["actions"])).hexdigest()[:16]  # tells datasets apart
-    tensors = {key: torch.from_numpy(array) for key, array in data.items()}
-    tensors["observations"], tensors["actions"] = tensors["observations"].float(), tensors["actions"].to(torch.uint8)
+    tensors, digest = {}, hashlib.sha256(meta_text.encode())
+    for key, array in data.items():
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array.astype(kinds[key][2], copy=False))
+        check(kinds[key][1] != "f" or np.isfinite(array).all(), key, "has values that are NaN or infinite in float32")
+        tensors[key] = torch.from_numpy(array)
+        if key in ("observations", "actions"):
+            digest.update(array)
+    meta["hash"] = digest.hexdigest()[:16]  # tells datasets apart
     return tensors, meta
 
 
@@ -312,12 +354,8 @@ class RewardNetwork(nn.Module):
     """Step rewards of all agents. Embeddings of observation and action are added, hidden layers follow (B.1). With input
     "joint" the observation is that of all agents, s in the paper's r_phi(s, a_i); with "own" that of the agent itself."""
 
-    def __init__(self, observation_dim, num_agents, num_actions, input="joint", network="mlp", hidden_dim=128, num_layers=3):
+    def __init__(self, observation_dim, num_agents, num_actions, input="joint", network="mlp", hidden_dim=128, num_layers=4):
         super().__init__()
-        if input not in ("joint", "own"):
-            raise UserError(f"--input {input}: unknown, choose joint or own")
-        if network not in ("mlp", "gru"):
-            raise UserError(f"--network {network}: unknown, choose mlp or gru")
         self.observation_embedding = nn.Linear(observation_dim * (num_agents if input == "joint" else 1), hidden_dim)
         self.action_embedding = nn.Linear(num_agents + num_actions, hidden_dim, bias=False)  # of one-hot id and action
         if network == "gru":
@@ -354,7 +392,8 @@ def reward_loss(rewards, pairs, labels, alpha: float) -> tuple[torch.Tensor, tor
     returns = rewards.sum(dim=1)  # (B, A)
     difference = returns[pairs[:, 0]] - returns[pairs[:, 1]]  # (P, A)
     nll = -F.logsigmoid(labels * difference)
-    l_mse = (rewards[:, 1:] - rewards[:, :-1]).square().sum(dim=(1, 2)).mean()
+    l_mse = (rewards[:, 1:] - rewards[:, :-1]).square().sum(dim=(1, 2)).mean()  # Eq. (2)
+    # Deviation: Eq. (1) divides by Var_D(r_phi) of the steps, under which the model collapses to a constant.
     smoothness = l_mse / returns.var(correction=0).detach().clamp(min=1)
     return nll.sum(dim=1).mean() + alpha * smoothness, nll.mean(), smoothness
 
@@ -428,13 +467,18 @@ def compare_with_truth(model, data: dict, minibatches: list, meta: dict) -> dict
     predicted, true = ((r - r.mean()) / r.std(correction=0).clamp(min=1e-8) for r in rewards)
     metrics = {"reward/standardized_mse": (predicted - true).square().mean().item()}
     metrics["reward/correlation"] = (predicted * true).mean().item()
-    if {"return_mean", "return_std", "steepness"} <= meta.keys():
+    try:  # a tool that wrote the dataset may say nothing, or anything, about where the labels come from
+        mean, std = (torch.tensor(meta[name], dtype=torch.float64).view(data["actions"].shape[2]) for name in RETURN_STATISTICS)
+        steepness = float(meta["steepness"])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        print("the meta does not tell how the labels were drawn: their Bayes likelihood and accuracy skipped")
+    else:
         logits = []
         for trajectories, pairs, labels in minibatches:
             returns = data["true_rewards"][trajectories.cpu()].double().sum(dim=1)  # (B, A)
-            returns = (returns - torch.tensor(meta["return_mean"])) / torch.tensor(meta["return_std"]).clamp(min=1e-8)
+            returns = (returns - mean) / std.clamp(min=1e-8)
             pairs = pairs.cpu()
-            logits.append(labels.cpu() * meta["steepness"] * (returns[pairs[:, 0]] - returns[pairs[:, 1]]))
+            logits.append(labels.cpu() * steepness * (returns[pairs[:, 0]] - returns[pairs[:, 1]]))
         metrics["reward/bayes_nll"] = -F.logsigmoid(torch.cat(logits)).mean().item()
         metrics["reward/bayes_accuracy"] = (torch.cat(logits) > 0).double().mean().item()
     return metrics
@@ -443,10 +487,10 @@ def compare_with_truth(model, data: dict, minibatches: list, meta: dict) -> dict
 def main(args: Args) -> None:
     device = set_up(args)
     data_path = Path(args.data_path or f"runs/{args.env}/{args.dataset}/dataset.npz")
-    prefix = "-".join(filter(None, ["reward", args.run_name]))
-    reward_path = Path(args.reward_path or data_path.parent / f"{prefix}-alpha{args.alpha:g}-seed{args.seed}.pt")
+    run_name = f"-{args.run_name}" if args.run_name else ""
+    reward_path = Path(args.reward_path or data_path.parent / f"reward{run_name}-alpha{args.alpha:g}-seed{args.seed}.pt")
     data, meta = load_dataset(data_path, args.env, ("observations", "actions", "pairs", "labels"), ("block", "true_rewards"))
-    check_replaceable(reward_path, "reward", args, meta)
+    check_replaceable(reward_path, "reward", args, {"dataset": meta["hash"]})
     log = start_tracking(args, reward_path.stem)
 
     generator = torch.Generator().manual_seed(args.seed)
@@ -468,8 +512,9 @@ def main(args: Args) -> None:
     progress = tqdm(
         total=args.max_epochs * len(training), desc=f"reward model, alpha {args.alpha:g}", unit="update", mininterval=1
     )
-    start = time.time()
+    training_time = 0.0
     for epoch in range(1, args.max_epochs + 1):
+        start = time.time()
         for i in torch.randperm(len(training), generator=generator).tolist():
             trajectories, pairs, labels = training[i]
             rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories])
@@ -479,8 +524,9 @@ def main(args: Args) -> None:
             optimizer.step()
             schedule.step()
             progress.update()
+        training_time += time.time() - start
         metrics = evaluate(model, data, validation, args.alpha)
-        log(metrics, epoch * len(training))
+        log({f"validation/{name}": value for name, value in metrics.items()}, epoch * len(training))
         history.append([epoch, metrics["losses/nll"], metrics["losses/smoothness"], metrics["reward/accuracy"]])
         progress.set_postfix(nll=f"{metrics['losses/nll']:.4f}", accuracy=f"{metrics['reward/accuracy']:.3f}")
         if metrics["losses/loss"] < best_loss:  # Eq. (1) of the early-stopping part
@@ -488,25 +534,24 @@ def main(args: Args) -> None:
         elif epoch - best_epoch >= args.patience:
             break
     progress.close()
-    updates_per_second = len(history) * len(training) / (time.time() - start)
     if best_weights is None:
-        raise UserError(
-            f"--learning-rate {args.learning_rate:g}: the loss is not finite from the first epoch on; try a smaller one"
-        )
+        raise UserError(f"--learning-rate {args.learning_rate:g}: the loss was never finite; try a smaller one")
 
-    last_nll = evaluate(model, data, test, args.alpha)["losses/nll"]
+    final = evaluate(model, data, test, args.alpha)
     model.load_state_dict(best_weights)
-    metrics = evaluate(model, data, test, args.alpha) | {"losses/last_nll": last_nll, "best_epoch": best_epoch}
-    training_nll = evaluate(model, data, training, args.alpha)["losses/nll"]
-    metrics |= {"losses/training_nll": training_nll, "speed/updates_per_second": updates_per_second}
+    metrics = evaluate(model, data, test, args.alpha)
+    metrics["losses/training_nll"] = evaluate(model, data, training, args.alpha)["losses/nll"]
+    metrics |= {"final/nll": final["losses/nll"], "final/accuracy": final["reward/accuracy"]}
+    metrics |= {"best_epoch": best_epoch, "speed/updates_per_second": len(history) * len(training) / training_time}
     if "true_rewards" in data:
         metrics |= compare_with_truth(model, data, test, meta)
     else:
         print(f"{data_path} has no true_rewards: reward error and correlation skipped")
+    log(metrics, len(history) * len(training))
     predicted = predict(model, data, torch.cat([minibatch[0] for minibatch in training]).unique())
     stats = {"mean": predicted.mean().item(), "std": predicted.std(correction=0).item()}  # Eq. (4), over the training part
 
-    meta = dict(env=args.env, fingerprint=meta["fingerprint"], horizon=T, network=shape)
+    meta = dict(env=args.env, horizon=T, sources={"dataset": meta["hash"]}, network=shape)
     save_checkpoint(reward_path, "reward", args, meta, model, stats, metrics | {"history": history})
     print(f"{reward_path}: epoch {best_epoch} of {len(history)}")
     for name, value in metrics.items():

@@ -45,6 +45,7 @@ def lacking(key: str) -> dict:
 BAD_DATASETS = {
     "observations are NaN": (with_value("observations", (3, 2, 1, 0), np.nan), "'observations'.*NaN"),
     "observations are infinite": (with_value("observations", (3, 2, 1, 0), np.inf), "'observations'.*infinite"),
+    "observations overflow": (arrays_with(observations=np.full((60, 10, 4, 5), 1e300)), "'observations'.*float32"),
     "observations missing": (lacking("observations"), "'observations' is missing"),
     "observations of integers": (arrays_with(observations=np.zeros((60, 10, 4, 5), np.int32)), "'observations'.*int32"),
     "observations too short": (arrays_with(observations=np.zeros((60, 9, 4, 5), np.float32)), "'observations'.*shape"),
@@ -64,7 +65,7 @@ BAD_DATASETS = {
     "block crossed": (arrays_with(block=np.arange(60, dtype=np.int32)), "'block'"),
     "true rewards NaN": (arrays_with(true_rewards=np.full((60, 9, 4), np.nan, np.float32)), "'true_rewards'.*NaN"),
     "meta missing": (lacking("meta"), "'meta' is missing"),
-    "meta no JSON": (arrays_with(meta=np.array("{")), "not a dataset"),
+    "meta no JSON": (arrays_with(meta=np.array("{")), "'meta' is no JSON"),
     "meta a list": (arrays_with(meta=np.array("[]")), "'meta'"),
     "another format": (with_meta(format=2), "'meta'.*format 2"),
     "another game": (with_meta(env="spread"), "'meta'.*'spread'; pass --env spread"),
@@ -99,6 +100,25 @@ def test_truncated_dataset(spread_data, tmp_path):
     path.write_bytes(spread_data.read_bytes()[:100_000])
     with pytest.raises(UserErrors, match=r"dataset.npz: truncated or not a dataset"):
         train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
+
+
+def test_other_byte_orders_and_types_are_the_same_data(made_up_data, tmp_path):
+    odd = tmp_path / "odd.npz"
+    with np.load(made_up_data) as file:
+        arrays = {key: file[key] for key in file.files}
+    arrays["observations"] = arrays["observations"].astype(">f8")
+    arrays["pairs"], arrays["labels"] = arrays["pairs"].astype(">u4"), arrays["labels"].astype(np.int64)
+    np.savez(odd, **arrays)
+    names = ("observations", "actions", "pairs", "labels")
+    (a, meta_a), (b, meta_b) = (train_reward.load_dataset(path, "made-up", names) for path in (made_up_data, odd))
+    assert all(torch.equal(a[key], b[key]) for key in names) and meta_a == meta_b
+
+
+def test_folder_instead_of_a_file(tmp_path):
+    with pytest.raises(UserErrors, match=r"cannot be read \(Is a directory\)"):
+        train_bc.main(train_bc.Args(data_path=str(tmp_path), device="cpu"))
+    with pytest.raises(evaluate.UserError, match=r"is a folder"):
+        evaluate.main(evaluate.Args(str(EXPERT), num_episodes=1, json_path=str(tmp_path), device="cpu"))
 
 
 def test_spread_dataset_of_other_sizes(tmp_path):
@@ -165,6 +185,11 @@ def test_models_of_other_dimensions(spread_data, made_up_data, tmp_path):
             vdn_rlhf.main(vdn_rlhf.Args(**files, **vdn))
     with pytest.raises(vdn_rlhf.UserError, match=r"spread-bc.pt: 'kind' is 'bc', expected 'reward'"):
         vdn_rlhf.main(vdn_rlhf.Args(**paths["spread"] | {"reward_path": paths["spread"]["bc_path"]}, **vdn))
+    checkpoint = torch.load(paths["spread"]["reward_path"], weights_only=True)
+    for stats in ({}, {"mean": 0.0, "std": float("nan")}):
+        torch.save(checkpoint | {"stats": stats}, tmp_path / "no-stats.pt")
+        with pytest.raises(vdn_rlhf.UserError, match=r"no-stats.pt: 'stats'"):
+            vdn_rlhf.main(vdn_rlhf.Args(**paths["spread"] | {"reward_path": str(tmp_path / "no-stats.pt")}, **vdn))
     assert not (tmp_path / "vdn.pt").exists()
 
 
@@ -217,8 +242,19 @@ def test_loss_that_explodes_is_named(spread_data, tmp_path):
     assert not (tmp_path / "bc.pt").exists()
 
 
+def test_weights_that_exploded_are_not_saved(tmp_path):
+    network = train_bc.AgentNetwork(4, 2, 3, 5, hidden_dim=8)
+    with torch.no_grad():
+        network.head.bias[0] = float("inf")
+    with pytest.raises(train_bc.UserError, match=r"bc.pt: not written.*--learning-rate"):
+        train_bc.save_checkpoint(tmp_path / "bc.pt", "bc", train_bc.Args(), {}, network, {}, {})
+    assert not (tmp_path / "bc.pt").exists()
+
+
 def test_one_line_and_status_2_from_a_real_process(tmp_path):
     command = [sys.executable, str(ROOT / "train_reward.py"), "--data-path", str(tmp_path / "nowhere.npz")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/nowhere.npz: no such file; collect_data.py makes it\n"
+    assert (
+        done.stderr == f"error: {tmp_path}/nowhere.npz: cannot be read (No such file or directory); collect_data.py makes it\n"
+    )

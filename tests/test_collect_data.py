@@ -38,8 +38,9 @@ def test_format(spread_data):
 
 
 @pytest.mark.parametrize("mixture", collect_data.MIXTURES)
-def test_mixture_has_the_ratios_of_table_1(mixture, tmp_path):
+def test_mixture_has_the_ratios_of_table_1(mixture, tmp_path, monkeypatch):
     path = tmp_path / "dataset.npz"
+    monkeypatch.setattr(collect_data, "ENVIRONMENTS_AT_ONCE", 100)  # several chunks, the last one short
     collect_data.main(Args(dataset=mixture, num_trajectories=1024, data_path=str(path), device="cpu"))
     arrays, _ = load(path)
     counts = np.bincount(arrays["behavior"], minlength=4)
@@ -124,6 +125,33 @@ def test_same_command_same_arrays(tmp_path):
     assert meta_a == meta_b
     assert all(np.array_equal(a[key], b[key]) for key in a)
     assert not np.array_equal(a["observations"], c["observations"]) and not np.array_equal(a["labels"], c["labels"])
+
+
+def test_same_command_same_policies(tmp_path):
+    """Online VDN twice, and a folder that has only one of the two policies is left alone."""
+    weights = []
+    for name in ("a", "b"):
+        args = Args(policies_path=str(tmp_path / name), num_trajectories=256, data_path=str(tmp_path / name / "dataset.npz"))
+        args.num_updates, args.num_envs, args.hidden_dim, args.num_layers, args.device = 8, 16, 16, 2, "cpu"
+        collect_data.main(args)
+        checkpoints = [torch.load(tmp_path / name / "spread" / f"{p}.pt", weights_only=True) for p in ("expert", "rookie")]
+        weights.append([checkpoint["state_dict"] for checkpoint in checkpoints])
+    for a, b in zip(*weights, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    rookie = tmp_path / "b" / "spread" / "rookie.pt"
+    rookie.unlink()
+    with pytest.raises(collect_data.UserError, match=r"rookie.pt: no such file; --train-policies"):
+        collect_data.main(args)
+    args.policies_path = str(tmp_path / "a")
+    args.data_path = str(spread_with_other_policies(tmp_path))
+    with pytest.raises(collect_data.UserError, match=r"dataset.npz: made with other policies"):
+        collect_data.main(args)
+
+
+def spread_with_other_policies(tmp_path):
+    path = tmp_path / "other" / "dataset.npz"
+    collect_data.main(Args(num_trajectories=256, data_path=str(path), device="cpu"))
+    return path
 
 
 def test_shipped_policies_meet_their_bars():

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, made_up_arrays
 
 import collect_data
 import train_bc
@@ -51,6 +52,20 @@ def test_each_script_runs_alone_in_an_empty_folder(tmp_path):
         done = run(alone(tmp_path, script), script, words)
         assert done.returncode == 0, done.stderr
     assert all(path.exists() for path in (reward, bc, vdn, report))
+    # A game that no script knows, again alone.
+    made_up = tmp_path / "made-up.npz"
+    np.savez(made_up, **made_up_arrays())
+    reward, bc, vdn = (tmp_path / f"made-up-{name}.pt" for name in ("reward", "bc", "vdn"))
+    common = f"--env made-up --data-path {made_up} {TINY}"
+    flags = {
+        "train_reward": f"{common} --reward-path {reward} --max-epochs 1",
+        "train_bc": f"{common} --bc-path {bc} --max-epochs 1",
+        "vdn_rlhf": f"{common} --reward-path {reward} --bc-path {bc} --vdn-path {vdn} --num-updates 10",
+    }
+    for script, words in flags.items():
+        done = run(tmp_path / script, script, words)
+        assert done.returncode == 0, done.stderr
+        assert script == "train_reward" or "evaluation skipped" in done.stdout
     # Alone, without --reward-path: one line, no attempt to run what is not there.
     done = run(tmp_path / "vdn_rlhf", "vdn_rlhf", f"--data-path {data} --seed 7")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -62,28 +77,37 @@ def test_what_is_missing_is_made_and_reused(spread_data, tmp_path, monkeypatch, 
     folder.mkdir(parents=True)
     shutil.copy(spread_data, folder)
     monkeypatch.chdir(tmp_path)
-    args = vdn_rlhf.Args(num_updates=20, hidden_dim=16, device="cpu")
-    vdn_rlhf.main(args)
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=20, hidden_dim=16, device="cpu"))
     printed = capfd.readouterr().out
-    assert "$ python train_reward.py --env spread --dataset diversified --seed 1 --alpha 1" in printed
-    assert "$ python train_bc.py --env spread --dataset diversified --seed 1" in printed
-    assert "$ python collect_data.py" not in printed
-    names = ["bc-seed1", "dataset", "reward-alpha1-seed1", "vdn-beta1-alpha1-seed1", "vdn-beta1-alpha1-seed1-best"]
+    commands = [line for line in printed.splitlines() if line.startswith("$ python ")]
+    assert len(commands) == 2  # the dataset is there
+    assert "train_reward.py --env spread --dataset diversified --seed 0 --alpha 1.0" in commands[0]
+    assert "train_bc.py --env spread --dataset diversified --seed 0" in commands[1]
+    names = ["bc-seed0", "dataset", "reward-alpha1-seed0", "vdn-beta1-alpha1-seed0", "vdn-beta1-alpha1-seed0-best"]
     assert sorted(path.stem for path in folder.iterdir()) == names
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    vdn_rlhf.main(vdn_rlhf.Args(beta=2.0, num_updates=20, hidden_dim=16, device="cpu"))
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, beta=2.0, num_updates=20, hidden_dim=16, device="cpu"))
     assert "$ python" not in capfd.readouterr().out
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
-    assert (folder / "vdn-beta2-alpha1-seed1.pt").exists()
+    assert (folder / "vdn-beta2-alpha1-seed0.pt").exists()
 
     with pytest.raises(vdn_rlhf.UserError, match=r"--num-updates is 20 there and 21 here.*--run-name"):
-        vdn_rlhf.main(vdn_rlhf.Args(num_updates=21, hidden_dim=16, device="cpu"))
-    vdn_rlhf.main(vdn_rlhf.Args(num_updates=21, hidden_dim=16, run_name="longer", device="cpu"))
-    assert (folder / "vdn-longer-beta1-alpha1-seed1.pt").exists()
-    (folder / "reward-alpha1-seed1.pt").rename(folder / "reward-alpha2-seed1.pt")
-    with pytest.raises(vdn_rlhf.UserError, match=r"reward-alpha2-seed1.pt: .*--alpha is 1.0 there and 2.0 here"):
-        vdn_rlhf.main(vdn_rlhf.Args(alpha=2.0, num_updates=20, hidden_dim=16, device="cpu"))
+        vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=21, hidden_dim=16, device="cpu"))
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=21, hidden_dim=16, run_name="longer", device="cpu"))
+    assert (folder / "vdn-longer-beta1-alpha1-seed0.pt").exists()
+    (folder / "reward-alpha1-seed0.pt").rename(folder / "reward-alpha2-seed0.pt")
+    with pytest.raises(vdn_rlhf.UserError, match=r"reward-alpha2-seed0.pt: .*--alpha is 1.0 there and 2.0 here"):
+        vdn_rlhf.main(vdn_rlhf.Args(seed=0, alpha=2.0, num_updates=20, hidden_dim=16, device="cpu"))
+
+    # A reward model named by the user: its alpha must be the command's, and another one may not take over the first one's file.
+    named = dict(seed=0, alpha=2.0, num_updates=20, hidden_dim=16, device="cpu")
+    with pytest.raises(vdn_rlhf.UserError, match=r"--alpha is 1.0 there and 2.0 here"):
+        vdn_rlhf.main(vdn_rlhf.Args(reward_path=str(folder / "reward-alpha2-seed0.pt"), **named))
+    other = folder / "other.pt"
+    train_reward.main(train_reward.Args(reward_path=str(other), max_epochs=1, hidden_dim=8, device="cpu"))
+    with pytest.raises(vdn_rlhf.UserError, match=r"vdn-beta1-alpha1-seed0.pt: made from another reward"):
+        vdn_rlhf.main(vdn_rlhf.Args(reward_path=str(other), **named | dict(alpha=1.0)))
 
 
 def test_models_of_another_dataset_are_not_reused(spread_data, tmp_path):
@@ -116,29 +140,31 @@ def test_preset_paper_and_flags_by_hand(module, monkeypatch):
 
 
 def test_mistakes_on_the_command_line_exit_2_with_one_line(monkeypatch, capsys):
-    for words in (["--preset", "papre"], ["--env", "sprad"], ["--dataset", "diverse"], ["--num-trajectories", "100"]):
-        monkeypatch.setattr(sys, "argv", ["collect_data.py", *words])
+    cases = [(collect_data, words.split()) for words in ("--env sprad", "--dataset diverse", "--num-trajectories 100")]
+    cases += [(train_bc, ["--preset", "papre"]), (vdn_rlhf, ["--network", "transformer"])]
+    for module, words in cases:
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
         with pytest.raises(SystemExit) as exit:
-            collect_data.run_command_line(collect_data.main, collect_data.Args, {})
+            module.run_command_line(module.main, module.Args, getattr(module, "PRESETS", {}))
         printed = capsys.readouterr()
         assert exit.value.code == 2
         assert printed.err.count("\n") == 1 and " ".join(words) in printed.err
 
 
-@pytest.mark.parametrize(
-    "flags", [{"beta": -1.0}, {"gamma": float("nan")}, {"gamma": 1.5}, {"num_updates": 0}, {"batch_size": -3}]
-)
-def test_numbers_out_of_range(flags):
-    (name,) = flags
-    with pytest.raises(vdn_rlhf.UserError, match=f"--{name.replace('_', '-')}"):
-        vdn_rlhf.main(vdn_rlhf.Args(**flags))
+OUT_OF_RANGE = [("beta", -1.0), ("gamma", float("nan")), ("gamma", 1.5), ("num_updates", 0), ("batch_size", -3), ("seed", -1)]
+OUT_OF_RANGE += [("seed", 2**64), ("learning_rate", 0.0), ("max_grad_norm", float("inf"))]
 
 
-@pytest.mark.parametrize("flags", [{"device": "tpu"}, {"device": "cuda:99"}, {"network": "transformer"}])
-def test_unknown_device_or_network(flags, spread_data, tmp_path):
-    (value,) = flags.values()
-    with pytest.raises(train_bc.UserError, match=value):
-        train_bc.main(train_bc.Args(data_path=str(spread_data), bc_path=str(tmp_path / "bc.pt"), **flags))
+@pytest.mark.parametrize("name, value", OUT_OF_RANGE)
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(vdn_rlhf.UserError, match=f"--{name.replace('_', '-')} {value}"):
+        vdn_rlhf.main(vdn_rlhf.Args(**{name: value}))
+
+
+@pytest.mark.parametrize("name, value", [("device", "tpu"), ("device", "cuda:99"), ("device", "meta"), ("network", "lstm")])
+def test_unknown_device_or_network(name, value, spread_data, tmp_path):
+    with pytest.raises(train_bc.UserError, match=f"--{name} {value}"):
+        train_bc.main(train_bc.Args(data_path=str(spread_data), bc_path=str(tmp_path / "bc.pt"), **{name: value}))
 
 
 def test_tracking_is_off_by_default_and_works_offline(made_up_data, tmp_path):
@@ -152,6 +178,9 @@ def test_tracking_is_off_by_default_and_works_offline(made_up_data, tmp_path):
     assert done.returncode == 0, done.stderr
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"bc/nll" in log.read_bytes()
+    (tmp_path / "wandb.py").write_text("raise RuntimeError('broken')")
+    done = run(tmp_path, "train_bc", flags + f" --bc-path {tmp_path}/c.pt --track")
+    assert done.returncode == 2 and done.stderr == "error: --track: wandb does not start (RuntimeError: broken)\n"
 
 
 def test_same_flags_have_the_same_words_and_help_everywhere():

@@ -87,7 +87,7 @@ def test_crowded_episodes_have_contacts(episodes):
     kind, game, _, (_, _, states) = episodes
     distances = np.linalg.norm(states[:, :, 0, 0] - states[:, :, 1, 0], axis=-1)
     touches = (distances < 2 * game.agent_sizes[0]).mean()
-    assert touches > {"random": 0.01, "crowded": 0.1}[kind]  # else the parity proves nothing about contacts
+    assert touches > {"random": 0.01, "crowded": 0.05}[kind]  # else the parity proves nothing about contacts
 
 
 def test_start_states_are_uniform():

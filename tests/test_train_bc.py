@@ -82,3 +82,16 @@ def test_sees_neither_labels_nor_true_rewards_and_repeats_itself(spread_data, tm
 def test_unknown_game_skips_the_evaluation_and_says_so(made_up_data, tmp_path, capsys):
     train_bc.main(Args(env="made-up", data_path=str(made_up_data), bc_path=str(tmp_path / "bc.pt"), **SMALL))
     assert "evaluation skipped" in capsys.readouterr().out
+
+
+def test_the_best_epoch_is_saved_and_patience_stops(made_up_data, tmp_path):
+    """54 training trajectories of uniformly random actions: every epoch makes the held-out likelihood worse."""
+    path = tmp_path / "bc.pt"
+    args = Args(env="made-up", data_path=str(made_up_data), bc_path=str(path), device="cpu", hidden_dim=64, batch_size=8)
+    args.learning_rate, args.max_epochs, args.patience = 1e-2, 100, 4
+    train_bc.main(args)
+    checkpoint = torch.load(path, weights_only=True)
+    losses = [nll for _, nll, _ in checkpoint["metrics"]["history"]]
+    best_epoch = 1 + int(np.argmin(losses))
+    assert checkpoint["metrics"]["best_epoch"] == best_epoch and len(losses) == best_epoch + 4 < 100
+    assert checkpoint["metrics"]["bc/nll"] == pytest.approx(min(losses), rel=1e-6)

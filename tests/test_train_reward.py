@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -147,3 +148,30 @@ def test_unknown_game_without_blocks(made_up_data, tmp_path):
     assert metrics["losses/nll"] < 0.3 and metrics["reward/accuracy"] > 0.85
     assert metrics["reward/correlation"] > 0.9  # the action alone decides, so the step rewards can be told exactly
     assert "reward/bayes_nll" not in metrics  # the meta does not say how the labels were drawn
+
+
+def test_the_best_epoch_is_saved_and_patience_stops(made_up_data, tmp_path):
+    """40 training trajectories, 8 to stop early: the model overfits, so the best epoch is not the last one."""
+    path = tmp_path / "reward.pt"
+    args = Args(env="made-up", alpha=0.0, data_path=str(made_up_data), reward_path=str(path), device="cpu", hidden_dim=64)
+    args.learning_rate, args.max_epochs, args.patience = 1e-2, 200, 3
+    train_reward.main(args)
+    checkpoint = read(path)
+    history, best_epoch = checkpoint["metrics"]["history"], checkpoint["metrics"]["best_epoch"]
+    losses = [nll for _, nll, *_ in history]  # alpha is 0: the loss is the likelihood
+    assert best_epoch == 1 + int(np.argmin(losses)) and len(history) == best_epoch + 3 < 200
+    data, _ = load_dataset(made_up_data, "made-up", ("observations", "actions", "pairs", "labels"))
+    _, validation, _ = split_into_minibatches(data, torch.Generator().manual_seed(args.seed))
+    model = train_reward.build_network(RewardNetwork, path, checkpoint, "cpu")
+    assert train_reward.evaluate(model, data, validation, 0.0)["losses/nll"] == pytest.approx(min(losses), rel=1e-5)
+    assert checkpoint["metrics"]["final/nll"] != checkpoint["metrics"]["losses/nll"]
+
+
+@pytest.mark.parametrize("meta", [{"return_mean": None}, {"return_std": [1.0]}, {"steepness": "five"}])
+def test_odd_label_statistics_only_skip_the_bayes_figures(meta, made_up_data, tmp_path, capsys):
+    arrays = made_up_arrays(num_trajectories=120, num_pairs=800)
+    known = dict(return_mean=[1.0] * 4, return_std=[1.0] * 4, steepness=5.0)
+    arrays["meta"] = np.array(json.dumps(json.loads(str(arrays["meta"])) | known | meta))
+    np.savez(made_up_data, **arrays)
+    train_reward.main(Args(env="made-up", data_path=str(made_up_data), reward_path=str(tmp_path / "reward.pt"), **SMALL))
+    assert "Bayes likelihood and accuracy skipped" in capsys.readouterr().out

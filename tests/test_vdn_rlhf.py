@@ -76,17 +76,19 @@ def test_team_reward_is_equation_3():
     torch.manual_seed(0)
     reward_model, reference = RewardNetwork(4, 2, 3, hidden_dim=8), AgentNetwork(4, 2, 3, 5, hidden_dim=8)
     observations, actions = torch.randn(1, 6, 2, 4), torch.randint(3, (1, 5, 2))
+    with torch.no_grad():
+        reference.head.weight *= 40  # so sharp that the clip acts on both sides
     stats = {"mean": 0.3, "std": 2.0}
     r_phi = reward_model(observations[:, :-1], actions)[0].tolist()
     pi_ref = reference(observations[:, :-1])[0][0].softmax(dim=-1).tolist()
-    for beta, clip in ((0.0, 0.0), (2.0, 0.0), (2.0, 0.1)):
+    for beta, clip in ((0.0, False), (2.0, False), (2.0, True)):
         rewards = team_rewards(reward_model, stats, reference, observations, actions, beta, clip)
         for t in range(5):
             expected = 0.0
             for i in range(2):
                 kl_term = beta * (math.log(pi_ref[t][i][int(actions[0, t, i])]) - math.log(1 / 3))  # pi_w = 1 / |A_i|
-                expected += (r_phi[t][i] - 0.3) / 2.0 + (max(-clip, min(clip, kl_term)) if clip else kl_term)
-            assert rewards[0, t].item() == pytest.approx(expected, abs=1e-5)
+                expected += (r_phi[t][i] - 0.3) / 2.0 + (max(-10, min(1, kl_term)) if clip else kl_term)
+            assert rewards[0, t].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_labels_and_true_rewards_change_nothing(spread_models, tmp_path):
@@ -99,6 +101,32 @@ def test_labels_and_true_rewards_change_nothing(spread_models, tmp_path):
     assert same_weights(paths[0], paths[1]) and same_weights(paths[0], paths[2])
     a, b, c = (torch.load(path, weights_only=True)["metrics"] for path in paths)
     assert a["history"] == b["history"] == c["history"]
+
+
+def test_updates_follow_the_schedule_and_the_target_follows_the_online_network(spread_models, tmp_path, monkeypatch):
+    """The first and last learning rates of Adam, and the target before each loss against its definition."""
+    rates, targets, onlines = [], [], []
+    real_loss, real_step = vdn_rlhf.vdn_loss, torch.optim.Adam.step
+
+    def loss(online, target, *rest):
+        targets.append(target.head.weight.clone())
+        onlines.append(online.head.weight.detach().clone())
+        return real_loss(online, target, *rest)
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return real_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(vdn_rlhf, "vdn_loss", loss)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    args = Args(data_path=str(spread_models), vdn_path=str(tmp_path / "vdn.pt"), num_updates=20, learning_rate=0.02, **SMALL)
+    vdn_rlhf.main(args)
+    expected = [0.01 * (1 + math.cos(math.pi * i / 20)) for i in range(20)]
+    assert rates == pytest.approx(expected)
+    torch.testing.assert_close(targets[0], onlines[0])
+    for i in range(19):
+        rate = args.target_update_rate
+        torch.testing.assert_close(targets[i + 1], (1 - rate) * targets[i] + rate * onlines[i + 1])
 
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])

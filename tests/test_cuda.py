@@ -1,0 +1,48 @@
+"""The five stages on a GPU; skipped where there is none."""
+
+import pytest
+import torch
+from conftest import same_weights
+
+import collect_data
+import evaluate
+import train_bc
+import train_reward
+import vdn_rlhf
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SMALL = dict(device="cuda", deterministic=True, hidden_dim=32)
+
+
+@pytest.fixture(autouse=True)
+def leave_determinism_as_it_was():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_pipeline_twice_is_bit_equal(network, tmp_path):
+    for name in ("a", "b"):
+        data = str(tmp_path / name / "dataset.npz")
+        collect_data.main(collect_data.Args(num_trajectories=2560, data_path=data, device="cuda", deterministic=True))
+        train_reward.main(train_reward.Args(data_path=data, max_epochs=2, network=network, **SMALL))
+        train_bc.main(train_bc.Args(data_path=data, max_epochs=2, network=network, **SMALL))
+        vdn_rlhf.main(vdn_rlhf.Args(data_path=data, num_updates=50, network=network, **SMALL))
+    for file in ("reward-alpha1-seed1.pt", "bc-seed1.pt", "vdn-beta1-alpha1-seed1.pt"):
+        assert same_weights(tmp_path / "a" / file, tmp_path / "b" / file)
+    policy = str(tmp_path / "a" / "vdn-beta1-alpha1-seed1.pt")
+    reports = [evaluate.main(evaluate.Args(policy, num_episodes=64, backend=b, device="cuda")) for b in ("torch", "mpe2")]
+    assert reports[0]["charts/test_return"] == pytest.approx(reports[1]["charts/test_return"], abs=1e-3)
+
+
+def test_physics_equal_the_cpu():
+    game, generator = collect_data.GAMES["spread"], torch.Generator().manual_seed(0)
+    cpu, cuda = (collect_data.ParticleEnv(game, 256, device, torch.float64) for device in ("cpu", "cuda"))
+    cpu.reset(generator)
+    state = [x.permute(2, 0, 1) for x in (cpu.positions, cpu.velocities, cpu.landmarks)]
+    cuda.set_state(*state)
+    for _ in range(game.horizon):
+        actions = torch.randint(game.num_actions, (256, game.num_agents), generator=generator)
+        (a, reward_a), (b, reward_b) = cpu.step(actions), cuda.step(actions.cuda())
+        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(reward_a, reward_b.cpu(), rtol=0, atol=1e-9)
