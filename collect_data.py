@@ -280,8 +280,12 @@ def check_replaceable(path: Path | str, kind: str, args, sources: dict[str, str]
                 raise UserError(f"{path}: made from another {name}; choose a --run-name or delete it")
 
 
-def hash_file(path: Path | str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def hash_weights(network: nn.Module, stats: dict) -> str:
+    """Tells models apart whatever their timings or file names; `stats` are the checkpoint's."""
+    digest = hashlib.sha256(json.dumps(stats, sort_keys=True).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # --- end shared block ---
@@ -473,6 +477,9 @@ class AgentNetwork(nn.Module):
 
 # --- shared block: rollout ---
 # Origin: collect_data.py. Policies that act, and whole episodes in all environments at once.
+TEST_EPISODES = 4096  # behind every return that is reported at the end
+
+
 def make_actor(network: nn.Module | None, num_actions: int, generator, sample=False, epsilon=0.0) -> Callable:
     """-> act(observations (N, A, D), step) -> actions (N, A): greedy in the network's outputs, or sampled from their
     softmax; with probability epsilon, or without a network, uniformly random."""
@@ -615,7 +622,7 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
     expert = copy.deepcopy(online.state_dict())
     for name, updates, weights in (("expert", history[-1][0], expert), ("rookie", rookie_updates, rookie)):
         online.load_state_dict(weights)
-        final_return = mean_return(game, online, 4096, args.seed + 10**6, device)
+        final_return = mean_return(game, online, TEST_EPISODES, args.seed + 10**6, device)
         score = game.score(final_return)
         metrics = {"charts/test_return": final_return, "charts/score": score, "updates": updates}
         meta = dict(env=game.name, num_agents=A, num_landmarks=game.num_landmarks, network=shape)
@@ -715,7 +722,7 @@ def main(args: Args) -> None:
         if checkpoint["meta"].get("env") != args.env:
             raise UserError(f"{path}: 'meta' says it plays {checkpoint['meta'].get('env')}, not --env {args.env}")
         find_game(path, args.env, (network.num_agents, network.observation_dim, network.num_actions, network.horizon))
-        hashes[name] = hash_file(path)
+        hashes[name] = hash_weights(network, {})
     if data_path.exists():
         stored = read_meta(data_path)
         check_same_args(data_path, stored, dataset_args(args), "choose another --data-path or delete it")

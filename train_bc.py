@@ -249,8 +249,12 @@ def check_replaceable(path: Path | str, kind: str, args, sources: dict[str, str]
                 raise UserError(f"{path}: made from another {name}; choose a --run-name or delete it")
 
 
-def hash_file(path: Path | str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def hash_weights(network: nn.Module, stats: dict) -> str:
+    """Tells models apart whatever their timings or file names; `stats` are the checkpoint's."""
+    digest = hashlib.sha256(json.dumps(stats, sort_keys=True).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # --- end shared block ---
@@ -520,6 +524,9 @@ class AgentNetwork(nn.Module):
 
 # --- shared block: rollout ---
 # Origin: collect_data.py. Policies that act, and whole episodes in all environments at once.
+TEST_EPISODES = 4096  # behind every return that is reported at the end
+
+
 def make_actor(network: nn.Module | None, num_actions: int, generator, sample=False, epsilon=0.0) -> Callable:
     """-> act(observations (N, A, D), step) -> actions (N, A): greedy in the network's outputs, or sampled from their
     softmax; with probability epsilon, or without a network, uniformly random."""
@@ -645,9 +652,9 @@ def main(args: Args) -> None:
     num_updates = len(history) * updates_per_epoch
     metrics |= {"best_epoch": best_epoch, "speed/updates_per_second": num_updates / training_time}
     if game is not None:
-        metrics["charts/test_return"] = mean_return(game, policy, 4096, args.seed + 10**6, device, sample=True)
+        metrics["charts/test_return"] = mean_return(game, policy, TEST_EPISODES, args.seed + 10**6, device, sample=True)
         metrics["charts/score"] = game.score(metrics["charts/test_return"])
-        metrics["charts/greedy_test_return"] = mean_return(game, policy, 4096, args.seed + 10**6, device)
+        metrics["charts/greedy_test_return"] = mean_return(game, policy, TEST_EPISODES, args.seed + 10**6, device)
     else:
         print(f"{args.env} is no game of this script: evaluation skipped")
     log(metrics, num_updates)

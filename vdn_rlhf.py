@@ -278,8 +278,12 @@ def check_replaceable(path: Path | str, kind: str, args, sources: dict[str, str]
                 raise UserError(f"{path}: made from another {name}; choose a --run-name or delete it")
 
 
-def hash_file(path: Path | str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def hash_weights(network: nn.Module, stats: dict) -> str:
+    """Tells models apart whatever their timings or file names; `stats` are the checkpoint's."""
+    digest = hashlib.sha256(json.dumps(stats, sort_keys=True).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # --- end shared block ---
@@ -587,6 +591,9 @@ class AgentNetwork(nn.Module):
 
 # --- shared block: rollout ---
 # Origin: collect_data.py. Policies that act, and whole episodes in all environments at once.
+TEST_EPISODES = 4096  # behind every return that is reported at the end
+
+
 def make_actor(network: nn.Module | None, num_actions: int, generator, sample=False, epsilon=0.0) -> Callable:
     """-> act(observations (N, A, D), step) -> actions (N, A): greedy in the network's outputs, or sampled from their
     softmax; with probability epsilon, or without a network, uniformly random."""
@@ -761,14 +768,12 @@ def load_shipped_policies(game: Game | None, device) -> dict[str, nn.Module]:
 
 
 def print_table(game: Game, rows: dict, reward_metrics: dict, args: Args, device) -> None:
-    """The closing table, all rows on the same 4,096 start states."""
-    print(
-        f"\nMean over agents of the undiscounted return of {game.horizon} steps, 4,096 fresh episodes; score: random policy 0,"
-    )
-    print("the paper's authors' best expert 100.\n")
+    """The closing table, all rows on the same TEST_EPISODES start states."""
+    print(f"\nMean over agents of the undiscounted return of {game.horizon} steps, {TEST_EPISODES:,} fresh episodes.")
+    print("Score: the random policy is 0, the best expert of the paper's authors 100.\n")
     print(f"| {'policy':22s} | {'return':>8s} | {'score':>6s} |\n|{'-' * 24}|{'-' * 9}:|{'-' * 7}:|")
     for name, (network, sample) in rows.items():
-        value = mean_return(game, network, 4096, args.seed + 10**6, device, sample)
+        value = mean_return(game, network, TEST_EPISODES, args.seed + 10**6, device, sample)
         print(f"| {name:22s} | {value:8.2f} | {game.score(value):6.1f} |")
     if "reward/accuracy" in reward_metrics:
         bayes = reward_metrics.get("reward/bayes_accuracy")
@@ -804,11 +809,12 @@ def main(args: Args) -> None:
     sizes = dict(env=args.env, horizon=T, observation_dim=D, num_agents=A, num_actions=num_actions)
     dataset = dict(path=data_path, hash=meta["hash"], sizes=sizes)
     reward_checkpoint, reward_model = load_model(reward_path, args.reward_path, "reward", RewardNetwork, args, dataset, device)
-    _, reference_policy = load_model(bc_path, args.bc_path, "bc", AgentNetwork, args, dataset, device)
+    bc_checkpoint, reference_policy = load_model(bc_path, args.bc_path, "bc", AgentNetwork, args, dataset, device)
     reward_stats = reward_checkpoint["stats"]
     if not all(isinstance(reward_stats.get(name), float) and math.isfinite(reward_stats[name]) for name in ("mean", "std")):
         raise UserError(f"{reward_path}: 'stats' has no finite 'mean' and 'std'; train it again")
-    sources = {"dataset": meta["hash"], "reward": hash_file(reward_path), "bc": hash_file(bc_path)}
+    sources = {"dataset": meta["hash"], "reward": hash_weights(reward_model, reward_stats)}
+    sources["bc"] = hash_weights(reference_policy, bc_checkpoint["stats"])
     for path in (vdn_path, best_path):
         check_replaceable(path, "vdn", args, sources)
     shipped = load_shipped_policies(game, device)

@@ -12,9 +12,17 @@ import pytest
 import torch
 
 import collect_data
+import train_bc
+import vdn_rlhf
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fewer_test_episodes():
+    for module in (collect_data, train_bc, vdn_rlhf):
+        module.TEST_EPISODES = 512
 
 
 @pytest.fixture(scope="session")

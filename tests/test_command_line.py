@@ -37,7 +37,7 @@ def alone(folder: Path, script: str) -> Path:
 def test_each_script_runs_alone_in_an_empty_folder(tmp_path):
     policies = ROOT / "policies"
     done = run(
-        alone(tmp_path, "collect_data"), "collect_data", f"--policies-path {policies} --num-trajectories 2560 --device cpu"
+        alone(tmp_path, "collect_data"), "collect_data", f"--policies-path {policies} --num-trajectories 768 --device cpu"
     )
     assert done.returncode == 0, done.stderr
     data = tmp_path / "collect_data/runs/spread/diversified/dataset.npz"
@@ -72,11 +72,10 @@ def test_each_script_runs_alone_in_an_empty_folder(tmp_path):
     assert "reward-alpha1-seed7.pt: no such file" in done.stderr and "not beside this script" in done.stderr
 
 
-def test_what_is_missing_is_made_and_reused(spread_data, tmp_path, monkeypatch, capfd):
+def test_what_is_missing_is_made_and_reused(tmp_path, monkeypatch, capfd):
     folder = tmp_path / "runs/spread/diversified"
-    folder.mkdir(parents=True)
-    shutil.copy(spread_data, folder)
     monkeypatch.chdir(tmp_path)
+    collect_data.main(collect_data.Args(num_trajectories=768, device="cpu"))
     vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=20, hidden_dim=16, device="cpu"))
     printed = capfd.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("$ python ")]

@@ -150,6 +150,21 @@ def test_spread_end_to_end(network, spread_models, tmp_path, capsys):
     assert "accuracy 0." in printed
 
 
+def test_preset_paper_finds_its_own_models(spread_data, tmp_path):
+    """All three stages with the paper's settings, fewer passes; the models of the default settings are left aside."""
+    data_path = tmp_path / "dataset.npz"
+    data_path.write_bytes(spread_data.read_bytes())
+    common = dict(preset="paper", data_path=str(data_path), device="cpu")
+    train_reward.main(train_reward.Args(**common, **train_reward.PRESETS["paper"] | dict(max_epochs=1)))
+    train_bc.main(train_bc.Args(**common, **train_bc.PRESETS["paper"] | dict(max_epochs=1)))
+    vdn_rlhf.main(Args(**common, **vdn_rlhf.PRESETS["paper"] | dict(num_updates=10)))
+    files = {path.stem for path in tmp_path.glob("*.pt")}
+    vdn = "vdn-paper-beta1-alpha1-seed1"
+    assert files == {"reward-paper-alpha1-seed1", "bc-paper-seed1", vdn, f"{vdn}-best"}
+    network = torch.load(tmp_path / f"{vdn}.pt", weights_only=True)["meta"]["network"]
+    assert network["network"] == "gru" and network["hidden_dim"] == 64 and not network["time_input"]
+
+
 def test_beta_pulls_towards_the_reference(spread_models, tmp_path):
     log_pi_ref = []
     for beta in (0.0, 100.0):
