@@ -460,7 +460,8 @@ def evaluate(model, data: dict, minibatches: list, alpha: float) -> dict[str, fl
 @torch.no_grad()
 def predict(model, data: dict, trajectories: torch.Tensor) -> torch.Tensor:
     """r_phi of many trajectories, (len(trajectories), T, A)."""
-    return torch.cat([model(data["observations"][c, :-1], data["actions"][c]) for c in trajectories.split(1024)])
+    chunks = tqdm(trajectories.split(1024), desc="predicted rewards", unit="chunk", mininterval=1)
+    return torch.cat([model(data["observations"][chunk, :-1], data["actions"][chunk]) for chunk in chunks])
 
 
 def compare_with_truth(model, data: dict, minibatches: list, meta: dict) -> dict[str, float]:

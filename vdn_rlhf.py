@@ -769,11 +769,14 @@ def load_shipped_policies(game: Game | None, device) -> dict[str, nn.Module]:
 
 def print_table(game: Game, rows: dict, reward_metrics: dict, args: Args, device) -> None:
     """The closing table, all rows on the same TEST_EPISODES start states."""
+    returns = {
+        name: mean_return(game, network, TEST_EPISODES, args.seed + 10**6, device, sample)
+        for name, (network, sample) in tqdm(rows.items(), desc="test episodes", unit="policy")
+    }
     print(f"\nMean over agents of the undiscounted return of {game.horizon} steps, {TEST_EPISODES:,} fresh episodes.")
     print("Score: the random policy is 0, the best expert of the paper's authors 100.\n")
     print(f"| {'policy':22s} | {'return':>8s} | {'score':>6s} |\n|{'-' * 24}|{'-' * 9}:|{'-' * 7}:|")
-    for name, (network, sample) in rows.items():
-        value = mean_return(game, network, TEST_EPISODES, args.seed + 10**6, device, sample)
+    for name, value in returns.items():
         print(f"| {name:22s} | {value:8.2f} | {game.score(value):6.1f} |")
     if "reward/accuracy" in reward_metrics:
         bayes = reward_metrics.get("reward/bayes_accuracy")
@@ -821,9 +824,10 @@ def main(args: Args) -> None:
     log = start_tracking(args, vdn_path.stem)
 
     # The learned rewards never change: computed once for the whole dataset.
+    chunks = list(zip(observations.split(1024), actions.split(1024), strict=True))
     rewards = [
         team_rewards(reward_model, reward_stats, reference_policy, *chunk, args.beta, args.kl_clip)
-        for chunk in zip(observations.split(1024), actions.split(1024), strict=True)
+        for chunk in tqdm(chunks, desc="learned rewards", unit="chunk", mininterval=1)
     ]
     rewards, actions = torch.cat(rewards), actions.long()  # (N, T), (N, T, A)
 
