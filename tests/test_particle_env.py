@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from mpe2 import simple_spread_v3
+from mpe2 import simple_spread_v3, simple_tag_v3
 
-from collect_data import GAMES, ParticleEnv, make_actor, rollout
+from collect_data import GAMES, Game, ParticleEnv, make_actor, rollout
 
 EPISODES = 200
 
@@ -22,7 +22,7 @@ def start_states(kind: str, game, seed: int):
     return positions, velocities, landmarks, actions
 
 
-def mpe2_episode(world_env, positions, velocities, landmarks, actions):
+def mpe2_episode(world_env, positions, velocities, landmarks, actions, observe=True):
     """One mpe2 episode in float64 -> observations (T + 1, A, D), rewards (T, A), positions and velocities (T + 1, A, 2)."""
     env = world_env.unwrapped
     world, scenario = env.world, env.scenario
@@ -32,16 +32,17 @@ def mpe2_episode(world_env, positions, velocities, landmarks, actions):
     for i, landmark in enumerate(world.landmarks):
         landmark.state.p_pos = landmarks[i].copy()
 
-    def observe():
+    def look():
         state = [[agent.state.p_pos.copy(), agent.state.p_vel.copy()] for agent in world.agents]
-        return np.stack([scenario.observation(agent, world) for agent in world.agents]), np.array(state)
+        observations = [scenario.observation(agent, world) for agent in world.agents if observe]
+        return np.array(observations), np.array(state)
 
-    observed, rewards = [observe()], []
+    observed, rewards = [look()], []
     for joint_action in actions:
         named = {agent.name: int(a) for agent, a in zip(world.agents, joint_action, strict=True)}
         reward = world_env.step(named)[1]
         rewards.append([reward[agent.name] for agent in world.agents])
-        observed.append(observe())
+        observed.append(look())
     observations, states = zip(*observed, strict=True)
     return np.stack(observations), np.array(rewards), np.stack(states)
 
@@ -105,3 +106,31 @@ def test_random_policy_scores_zero():
     env = ParticleEnv(game, 20_000)
     rewards = rollout(env, make_actor(None, game.num_actions, generator), env.reset(generator))[2]
     assert abs(rewards.sum(dim=1).mean().item() - game.low) < 0.3  # standard error 0.06
+
+
+def test_speed_limits_and_colliding_landmarks_equal_mpe2():
+    """Constants that spread does not use: the bodies of simple_tag, moved by the same actions in mpe2, in float64."""
+    episodes, T = 40, 25
+    game = Game(
+        **dict(name="bodies of tag", num_agents=4, num_landmarks=2, num_actions=5, observation_dim=4, low=0.0, high=1.0),
+        **dict(agent_sizes=(0.075, 0.075, 0.075, 0.05), accelerations=(3.0, 3.0, 3.0, 4.0), max_speeds=(1.0, 1.0, 1.0, 1.3)),
+        **dict(landmark_size=0.2, landmark_range=0.9),
+        observe=lambda env: torch.cat([env.velocities, env.positions], dim=1),
+        reward=lambda env: torch.zeros(4, env.num_envs),
+    )
+    rng = np.random.default_rng(0)
+    positions, velocities = rng.uniform(-0.5, 0.5, (episodes, 4, 2)), rng.uniform(-1, 1, (episodes, 4, 2))
+    landmarks, actions = rng.uniform(-0.5, 0.5, (episodes, 2, 2)), rng.integers(5, size=(episodes, T, 4))
+    world_env = simple_tag_v3.parallel_env(max_cycles=T)
+    starts = zip(positions, velocities, landmarks, actions, strict=True)
+    states = np.stack([mpe2_episode(world_env, *start, observe=False)[2] for start in starts])  # (N, T + 1, A, 2, 2)
+    speeds = np.linalg.norm(states[:, :, :, 1], axis=-1)
+    assert (np.isclose(speeds[:, :, :3], 1.0) | np.isclose(speeds[:, :, 3:], 1.3)).mean() > 0.05  # the limits do act
+    env = ParticleEnv(game, episodes, dtype=torch.float64)
+    env.set_state(*map(torch.from_numpy, (positions, velocities, landmarks)))
+    for step in range(T):
+        observed, _ = env.step(torch.from_numpy(actions[:, step]))
+        expected = np.concatenate([states[:, step + 1, :, 1], states[:, step + 1, :, 0]], axis=-1)
+        np.testing.assert_allclose(observed.numpy(), expected, rtol=0, atol=1e-9)
+    env.reset(torch.Generator().manual_seed(0))
+    assert 0.8 < env.landmarks.abs().max() <= 0.9 < env.positions.abs().max()
