@@ -29,6 +29,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ MIXTURES = {  # Table 1: parts of expert, unilateral, rookie, trivial
     "mix-expert": (3, 0, 0, 1),
     "pure-expert": (4, 0, 0, 0),
 }
+# Early checkpoints of the expert's run (section 6.2: early stop), by how far the expert had come from the random policy.
+# Rookie trajectories are the rookie's; the deviators of unilateral ones are rookies and novices in turn ("of different
+# proficiency level").
+EARLY_CHECKPOINTS = {"rookie": 0.4, "novice": 0.2}
 EXPERT, UNILATERAL, ROOKIE, TRIVIAL = range(4)  # the values of `behavior` in the dataset
 BLOCK_SIZE = 256
 ENVIRONMENTS_AT_ONCE = 3840  # per rollout while collecting; bounds the memory (another value: other random numbers)
@@ -55,9 +60,13 @@ ENVIRONMENTS_AT_ONCE = 3840  # per rollout while collecting; bounds the memory (
 @dataclass
 class Args:
     env: str = "spread"
-    """the game: spread"""
+    """the game: spread, tag or reference"""
     dataset: str = "diversified"
     """the mixture of Table 1: diversified, mix-unilateral, mix-expert or pure-expert"""
+    num_agents: int | None = None
+    """in spread (3, or whatever you like)"""
+    num_landmarks: int | None = None
+    """in spread (as many as agents, or whatever you like)"""
     num_trajectories: int = 38_400
     """N, a multiple of the block size 256 (paper: 38,400)"""
     pairs_per_trajectory: int = 10
@@ -71,9 +80,9 @@ class Args:
     data_path: str = ""
     """where to write, instead of runs/<game>/<dataset>/dataset.npz"""
     policies_path: str = ""
-    """folder of <game>/expert.pt and <game>/rookie.pt, instead of policies/ beside this script"""
+    """folder of <game>/{expert,rookie,novice}.pt, instead of policies/ beside this script"""
     train_policies: bool = False
-    """train expert and rookie even if they exist (about 25 minutes of one core)"""
+    """train expert, rookie and novice even if they exist (half an hour of one core and more)"""
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
     num_threads: int = 1
@@ -90,6 +99,8 @@ class Args:
     """width of every hidden layer"""
     num_layers: int = 3
     """hidden layers of the mlp (the gru always has one layer before and one after the recurrence)"""
+    time_input: bool = True
+    """the Q-network sees the time step too"""
     learning_rate: float = 1e-3
     """of Adam; falls linearly to 2 % over the second half"""
     gamma: float = 0.95
@@ -107,13 +118,16 @@ class Args:
     buffer_size: int = 20_000
     """episodes in the replay buffer"""
     exploration_updates: int = 4_000
-    """epsilon-greedy exploration falls linearly from 1 to 0.05 over this many updates"""
+    """epsilon-greedy exploration falls linearly from 1 to final_epsilon over this many updates"""
+    final_epsilon: float = 0.05
+    """share of uniformly random actions from then on"""
     target_update_rate: float = 0.01
     """the target network moves this share of the way to the online network after every update"""
-    rookie_score: float = 40.0
-    """the checkpoint with the score nearest to this becomes the rookie (section 6.2: early stop)"""
     max_grad_norm: float = 10.0
     """gradients are clipped to this norm"""
+
+
+PRESETS = {"default": {}}  # by game
 
 
 # --- shared block: command_line ---
@@ -122,23 +136,38 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
-def run_command_line(main: Callable, args_class: type, presets: dict[str, dict]) -> None:
-    """Parse sys.argv into args_class and call main. `--preset NAME` replaces defaults; a flag given by hand wins over it."""
+def run_command_line(main: Callable, args_class: type, presets: dict[str, dict[str, dict]]) -> None:
+    """Parse sys.argv into args_class and call main. `--preset NAME --env GAME` replaces defaults by presets[NAME]["all"] and
+    presets[NAME][GAME]; a flag given by hand wins over them."""
     try:
         defaults = None
         if presets:
             parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             parser.add_argument("--preset", default="default")
-            preset = parser.parse_known_args()[0].preset
-            if preset not in ("default", *presets):
-                raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
-            defaults = args_class(preset=preset, **presets.get(preset, {}))
+            parser.add_argument("--env", default=args_class.env)
+            chosen = parser.parse_known_args()[0]
+            if chosen.preset not in presets:
+                raise UserError(f"--preset {chosen.preset}: unknown, choose from {', '.join(presets)}")
+            preset = presets[chosen.preset]
+            values = preset.get("all", {}) | preset.get(chosen.env.split("-")[0], {})
+            defaults = args_class(**values | ({"preset": chosen.preset} if len(presets) > 1 else {}))
         main(tyro.cli(args_class) if defaults is None else tyro.cli(args_class, default=defaults))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def game_name(args) -> str:
+    """The game that --env, --num-agents and --num-landmarks name: spread, spread-5x4 (5 agents, 4 landmarks), tag, ..."""
+    counts = {"--num-agents": args.num_agents, "--num-landmarks": args.num_landmarks}
+    given = [f"{flag} {count}" for flag, count in counts.items() if count is not None]
+    if args.env != "spread" and given:
+        raise UserError(f"{given[0]}: only --env spread lets you choose; leave it out")
+    A = args.num_agents or 3
+    L = args.num_landmarks or A
+    return args.env if (A, L) == (3, 3) else f"spread-{A}x{L}"
 
 
 def set_up(args) -> torch.device:
@@ -220,9 +249,12 @@ def save_checkpoint(path, kind: str, args, meta: dict, network: nn.Module, stats
     state_dict = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     if not all(torch.isfinite(tensor).all() for tensor in state_dict.values()):
         raise UserError(f"{path}: not written, the weights are NaN or infinite; try a smaller --learning-rate")
-    content = dict(format=FORMAT, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
+    save_content(path, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
+
+
+def save_content(path, **content) -> None:
     buffer = io.BytesIO()  # torch.save hides the reason of a failed write, a plain write does not
-    torch.save(content, buffer)
+    torch.save(dict(format=FORMAT, **content), buffer)
     save_file(path, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -297,29 +329,35 @@ def hash_weights(network: nn.Module, stats: dict) -> str:
 # actions and rewards come and go with the environments first. A game is a table of constants and a reward function.
 @dataclass(frozen=True)
 class Game:
-    """Constants of one game; tuples have one entry per agent. Returns low and high fix the scale of the score."""
+    """Constants of one game. The bodies are the A agents and, in tag, the prey after them; tuples have one entry per body.
+    Returns low and high fix the scale of the score."""
 
     name: str
     num_agents: int
     num_landmarks: int
     num_actions: int
-    agent_sizes: tuple[float, ...]
-    accelerations: tuple[float, ...]
-    max_speeds: tuple[float, ...]
-    """of the agents; infinite: no limit"""
-    landmark_size: float
-    """landmarks push agents away within this radius; minus infinity: they do not touch"""
-    landmark_range: float
-    """landmarks start in +- this, agents in +-1"""
     observation_dim: int
     observe: Callable[[ParticleEnv], torch.Tensor]
     """(A, D, N) from the environment as it is"""
     reward: Callable[[ParticleEnv], torch.Tensor]
     """(A, N) from the environment as it is after a step"""
-    low: float
+    body_sizes: tuple[float, ...]
+    """radii; minus infinity: touches nothing"""
+    accelerations: tuple[float, ...]
+    max_speeds: tuple[float, ...]
+    """infinite: no limit"""
+    landmark_size: float = -float("inf")
+    """landmarks push bodies away within this radius; minus infinity: they do not touch"""
+    landmark_range: float = 1.0
+    """landmarks start in +- this, bodies in +-1"""
+    num_words: int = 0
+    """an action is also one of so many words to the partner: action % 5 moves, action // 5 speaks"""
+    prey: nn.Module | None = None
+    """moves the last body, by sampling from the softmax of its outputs"""
+    low: float = float("nan")
     """mean return of the random policy: score 0"""
-    high: float
-    """mean return of the paper's authors' best expert: score 100"""
+    high: float = float("nan")
+    """mean return of the paper's authors' best expert (tag: of the expert shipped here): score 100"""
     horizon: int = 25
 
     def score(self, mean_return: float) -> float:
@@ -340,25 +378,97 @@ def spread_reward(env: ParticleEnv) -> torch.Tensor:
     return -0.5 * coverage - 0.5 * touched
 
 
-def spread(num_agents: int = 3, num_landmarks: int = 3, low: float = -26.46, high: float = -10.03) -> Game:
+SPREAD_SCORES = {  # (agents, landmarks): returns of the random policy and of the authors' best expert
+    **{(3, 3): (-26.46, -10.03), (4, 5): (-38.65, -26.58), (5, 5): (-35.34, -18.73)},
+    **{(6, 5): (-33.08, -25.03), (7, 5): (-31.32, -24.16)},
+}
+
+
+def spread(num_agents: int, num_landmarks: int) -> Game:
+    """simple_spread_v3, where MPE2 has as many landmarks as agents."""
     A, L, infinity = num_agents, num_landmarks, float("inf")
-    sizes = dict(name="spread", num_agents=A, num_landmarks=L, num_actions=5, observation_dim=4 + 2 * L + 4 * (A - 1))
-    bodies = dict(agent_sizes=(0.15,) * A, accelerations=(5.0,) * A, max_speeds=(infinity,) * A)
-    landmarks = dict(landmark_size=-infinity, landmark_range=1.0)
-    return Game(**sizes, **bodies, **landmarks, observe=spread_observation, reward=spread_reward, low=low, high=high)
+    low, high = SPREAD_SCORES.get((A, L), (float("nan"), float("nan")))
+    return Game(
+        **dict(name="spread" if (A, L) == (3, 3) else f"spread-{A}x{L}", num_agents=A, num_landmarks=L, num_actions=5),
+        **dict(observation_dim=4 + 2 * L + 4 * (A - 1), observe=spread_observation, reward=spread_reward),
+        **dict(body_sizes=(0.15,) * A, accelerations=(5.0,) * A, max_speeds=(infinity,) * A, low=low, high=high),
+    )
 
 
-GAMES = {"spread": spread()}
+def reference_observation(env: ParticleEnv) -> torch.Tensor:
+    """Own velocity, landmarks relative to it, the colour of the landmark that the partner is to reach, the partner's word."""
+    colors = 0.25 + 0.5 * F.one_hot(env.goals, 3).transpose(1, 2)  # (A, 3, N)
+    return torch.cat([env.velocities, env.relative[:, :3].flatten(1, 2), colors, env.words.flip(0)], dim=1)
 
 
-def find_game(path: Path | str, env: str, shape: tuple[int, int, int, int]) -> Game | None:
-    """The game a file says it is of, None if it is not one of GAMES. Raises UserError where the file's numbers of agents,
-    observations, actions and steps are not the game's."""
-    game = GAMES.get(env)
+def reference_reward(env: ParticleEnv) -> torch.Tensor:
+    """0.5 * (-distance of the partner to its goal, which only the agent sees) + 0.5 * (mean of that over both agents)."""
+    distances = env.distances[:, :3].flip(0).gather(1, env.goals[:, None]).squeeze(1)  # (A, N)
+    return -0.5 * distances - 0.5 * distances.mean(dim=0)
+
+
+def reference() -> Game:
+    """simple_reference_v3: two agents tell each other with one of ten words per step which of three landmarks to reach."""
+    infinity = float("inf")
+    return Game(
+        **dict(name="reference", num_agents=2, num_landmarks=3, num_actions=50, num_words=10, observation_dim=21),
+        **dict(observe=reference_observation, reward=reference_reward, body_sizes=(-infinity,) * 2),
+        **dict(accelerations=(5.0,) * 2, max_speeds=(infinity,) * 2, low=-28.34, high=-10.36),
+    )
+
+
+def tag_observation(env: ParticleEnv) -> torch.Tensor:
+    """Own velocity and position, landmarks and other bodies relative to it, the velocity of the prey."""
+    own = torch.cat([env.velocities, env.positions, env.relative.flatten(1, 2)], dim=1)[:3]
+    return torch.cat([own, env.velocities[3:].expand(3, -1, -1)], dim=1)
+
+
+def prey_observation(env: ParticleEnv) -> torch.Tensor:
+    """The prey's own velocity and position, landmarks and adversaries relative to it -> (1, 14, N)."""
+    return torch.cat([env.velocities[3], env.positions[3], env.relative[3].flatten(0, 1)])[None]
+
+
+def tag_reward(env: ParticleEnv) -> torch.Tensor:
+    """10 for every adversary that touches the prey, for each of them."""
+    L = env.game.num_landmarks
+    touches = env.distances[3, L:] < env.contact_distances[3, L:]  # (A, N)
+    return 10.0 * touches.sum(dim=0).expand(3, -1)
+
+
+def tag(prey: nn.Module | None) -> Game:
+    """simple_tag_v3 as a game of its three adversaries. Without a prey policy `step` takes the prey's actions too."""
+    return Game(
+        **dict(name="tag", num_agents=3, num_landmarks=2, num_actions=5, observation_dim=16, prey=prey),
+        **dict(observe=tag_observation, reward=tag_reward, landmark_size=0.2, landmark_range=0.9),
+        **dict(body_sizes=(0.075,) * 3 + (0.05,), accelerations=(3.0,) * 3 + (4.0,), max_speeds=(1.0,) * 3 + (1.3,)),
+    )
+
+
+def load_prey() -> nn.Module:
+    """The policy that all tag results here are against, made by benchmark/train_prey.py."""
+    path = Path(__file__).parent / "policies" / "tag" / "prey.pt"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; tag needs the policy of its prey, copy the file there from the repository")
+    return build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+
+
+def make_game(name: str) -> Game | None:
+    """The game with that name (spread-5x4: 5 agents, 4 landmarks); None for a name that is no game of this project."""
+    if name == "spread":
+        return spread(3, 3)
+    if sizes := re.fullmatch(r"spread-([1-9]\d*)x([1-9]\d*)", name):
+        return spread(int(sizes[1]), int(sizes[2]))
+    return reference() if name == "reference" else tag(load_prey()) if name == "tag" else None
+
+
+def find_game(path: Path | str, name: str, shape: tuple[int, int, int, int]) -> Game | None:
+    """The game a file says it is of, None if this project does not know it. Raises UserError where the file's numbers of
+    agents, observations, actions and steps are not the game's."""
+    game = make_game(name)
     if game is not None:
         expected = (game.num_agents, game.observation_dim, game.num_actions, game.horizon)
         if shape != expected:
-            raise UserError(f"{path}: (agents, observation size, actions, steps) are {shape} but {env} has {expected}")
+            raise UserError(f"{path}: (agents, observation size, actions, steps) are {shape} but {name} has {expected}")
     return game
 
 
@@ -372,60 +482,91 @@ class ParticleEnv:
     dt, damping, contact_force, contact_margin = 0.1, 0.25, 100.0, 1e-3  # mpe2/_mpe_utils/core.py; masses are 1
 
     def __init__(self, game: Game, num_envs: int, device="cpu", dtype=torch.float32):
-        A, L = game.num_agents, game.num_landmarks
+        bodies, L = len(game.body_sizes), game.num_landmarks
         self.game, self.num_envs, self.device, self.dtype = game, num_envs, torch.device(device), dtype
         options = dict(device=device, dtype=dtype)
-        others = [[j for j in range(A) if j != i] for i in range(A)]
-        # What agent i observes and touches, in MPE2's order: all landmarks (entities A, A + 1, ...), then the other agents.
-        self.observed = torch.tensor([[*range(A, A + L), *others[i]] for i in range(A)], device=device)
-        sizes = torch.tensor([*game.agent_sizes, *[game.landmark_size] * L], **options)
-        self.contact_distances = (sizes[:A, None] + sizes[self.observed])[..., None]  # (A, L + A - 1, 1)
+        others = [[j for j in range(bodies) if j != i] for i in range(bodies)]
+        # What body i observes and touches, in MPE2's order: all landmarks, then the other bodies.
+        self.observed = torch.tensor([[*range(bodies, bodies + L), *others[i]] for i in range(bodies)], device=device)
+        sizes = torch.tensor([*game.body_sizes, *[game.landmark_size] * L], **options)
+        self.contact_distances = (sizes[:bodies, None] + sizes[self.observed])[..., None]  # (bodies, L + bodies - 1, 1)
         self.first_contact = L if game.landmark_size < 0 else 0  # skips the landmarks where nothing touches them
-        self.accelerations = torch.tensor(game.accelerations, **options)[:, None]  # (A, 1)
-        self.max_speeds = torch.tensor(game.max_speeds, **options)[:, None]  # (A, 1)
+        self.has_contacts = max(game.body_sizes) > 0
+        self.accelerations = torch.tensor(game.accelerations, **options)[:, None]  # (bodies, 1)
+        self.max_speeds = torch.tensor(game.max_speeds, **options)[:, None]  # (bodies, 1)
         self.moves = torch.tensor([[0, -1, 1, 0, 0], [0, 0, 0, -1, 1]], **options)  # (x and y, action)
+        if game.prey is not None:
+            game.prey.to(device)
+        self._wake_prey(None)
 
     def reset(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        """New random start states -> observations (N, A, D)."""
-        A, L = self.game.num_agents, self.game.num_landmarks
-        shape = (self.num_envs, A + L, 2)
+        """New random start states -> observations (N, A, D). A prey draws its actions from the same generator."""
+        game, bodies = self.game, len(self.game.body_sizes)
+        shape = (self.num_envs, bodies + game.num_landmarks, 2)
         uniform = 2 * torch.rand(shape, generator=generator, device=self.device, dtype=self.dtype) - 1
-        return self.set_state(uniform[:, :A], torch.zeros_like(uniform[:, :A]), uniform[:, A:] * self.game.landmark_range)
+        positions, landmarks, goals = uniform[:, :bodies], uniform[:, bodies:] * game.landmark_range, None
+        if game.num_words:
+            shape = (self.num_envs, game.num_agents)
+            goals = torch.randint(game.num_landmarks, shape, generator=generator, device=self.device)
+        self._wake_prey(generator)
+        return self.set_state(positions, torch.zeros_like(positions), landmarks, goals)
 
-    def set_state(self, positions, velocities, landmarks) -> torch.Tensor:
-        """Start from positions and velocities (N, A, 2) and landmarks (N, L, 2) -> observations (N, A, D)."""
+    def set_state(self, positions, velocities, landmarks, goals=None) -> torch.Tensor:
+        """Start from positions and velocities (N, bodies, 2), landmarks (N, L, 2) and, in reference, the landmarks (N, A) to
+        which the agents are to send their partners -> observations (N, A, D)."""
         self.positions, self.velocities, self.landmarks = (
             x.to(self.device, self.dtype).permute(1, 2, 0).contiguous() for x in (positions, velocities, landmarks)
         )
+        if self.game.num_words:
+            self.goals = goals.to(self.device).T.contiguous()  # (A, N)
+            self.words = self.positions.new_zeros(self.game.num_agents, self.game.num_words, self.num_envs)
         self._measure()
         return self.game.observe(self).permute(2, 0, 1).contiguous()
 
+    def state(self) -> list[torch.Tensor]:
+        """What set_state takes."""
+        state = [x.permute(2, 0, 1) for x in (self.positions, self.velocities, self.landmarks)]
+        return [*state, self.goals.T] if self.game.num_words else state
+
     def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """actions (N, A) in 0 .. num_actions - 1 -> observations (N, A, D), rewards (N, A)."""
-        force = (self.moves[:, actions.T] * self.accelerations).transpose(0, 1)  # (A, 2, N)
-        # Contacts: a softplus of the overlap, written so that neither exp overflows nor its slow subnormal range is
-        # reached (beyond 80 it adds less than 1e-34).
-        first = self.first_contact
-        distances = self.distances[:, first:]  # (A, landmarks and agents it can touch, N)
-        overlap = (self.contact_distances[:, first:] - distances) / self.contact_margin
-        softplus = overlap.clamp(min=0) + torch.log1p(torch.exp(-overlap.abs().clamp(max=80)))
-        push = self.contact_force * self.contact_margin * softplus / distances
-        force = force - (self.relative[:, first:] * push[:, :, None]).sum(dim=1)
+        if self.game.prey is not None:
+            actions = torch.cat([actions, self.act_prey(prey_observation(self).permute(2, 0, 1).float(), 0)], dim=1)
+        if self.game.num_words:
+            self.words = F.one_hot(actions.T // 5, self.game.num_words).transpose(1, 2).to(self.dtype)  # (A, words, N)
+            actions = actions % 5
+        force = (self.moves[:, actions.T] * self.accelerations).transpose(0, 1)  # (bodies, 2, N)
+        if self.has_contacts:
+            force = force - self._contact_forces()
         self.positions = self.positions + self.velocities * self.dt
         self.velocities = self.velocities * (1 - self.damping) + force * self.dt
         if min(self.game.max_speeds) < float("inf"):
             x, y = self.velocities.unbind(dim=1)
-            speeds = (x * x + y * y).sqrt()  # (A, N)
+            speeds = (x * x + y * y).sqrt()  # (bodies, N)
             self.velocities = self.velocities * (self.max_speeds / speeds).clamp(max=1)[:, None]
         self._measure()
         return self.game.observe(self).permute(2, 0, 1).contiguous(), self.game.reward(self).T
 
+    def _contact_forces(self) -> torch.Tensor:
+        """Towards what is touched, (bodies, 2, N): a softplus of the overlap, written so that neither exp overflows nor its
+        slow subnormal range is reached (beyond 80 it adds less than 1e-34)."""
+        first = self.first_contact
+        distances = self.distances[:, first:]  # (bodies, landmarks and bodies it can touch, N)
+        overlap = (self.contact_distances[:, first:] - distances) / self.contact_margin
+        softplus = overlap.clamp(min=0) + torch.log1p(torch.exp(-overlap.abs().clamp(max=80)))
+        push = self.contact_force * self.contact_margin * softplus / distances
+        return (self.relative[:, first:] * push[:, :, None]).sum(dim=1)
+
     def _measure(self) -> None:
-        """Where every agent sees landmarks and other agents, and how far they are."""
-        entities = torch.cat([self.positions, self.landmarks])  # (A + L, 2, N)
-        self.relative = entities[self.observed] - self.positions[:, None]  # (A, L + A - 1, 2, N)
+        """Where every body sees landmarks and other bodies, and how far they are."""
+        entities = torch.cat([self.positions, self.landmarks])  # (bodies + L, 2, N)
+        self.relative = entities[self.observed] - self.positions[:, None]  # (bodies, L + bodies - 1, 2, N)
         x, y = self.relative.unbind(dim=2)
-        self.distances = (x * x + y * y).sqrt()  # (A, L + A - 1, N)
+        self.distances = (x * x + y * y).sqrt()  # (bodies, L + bodies - 1, N)
+
+    def _wake_prey(self, generator) -> None:
+        if self.game.prey is not None:
+            self.act_prey = make_actor(self.game.prey, 5, generator, sample=True)
 
 
 # --- end shared block ---
@@ -565,41 +706,61 @@ def vdn_loss(online, target, observations, actions, rewards, gamma: float, td_la
 
 
 def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -> None:
-    """Online VDN with replay; writes expert.pt (the last network) and rookie.pt (the checkpoint nearest to rookie_score)."""
+    """Online VDN with replay; writes expert.pt (the last network) and the EARLY_CHECKPOINTS. A run that was interrupted goes
+    on from training.pt in the same folder, and ends with the same weights as one that was not."""
     generator = torch.Generator(device).manual_seed(args.seed)
-    shape = dict(observation_dim=game.observation_dim, num_agents=game.num_agents, num_actions=game.num_actions)
-    shape |= dict(horizon=game.horizon, network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers)
+    T, A, D = game.horizon, game.num_agents, game.observation_dim
+    shape = dict(observation_dim=D, num_agents=A, num_actions=game.num_actions, horizon=T)
+    shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, time_input=args.time_input)
     online, target = AgentNetwork(**shape).to(device), AgentNetwork(**shape).to(device).requires_grad_(False)
     target.load_state_dict(online.state_dict())
     optimizer = torch.optim.Adam(online.parameters(), lr=args.learning_rate)
     num_rollouts = -(-args.num_updates // args.updates_per_rollout)
-    eval_every = max(num_rollouts // 200, 1)
-    log = start_tracking(args, f"policies-{args.env}-seed{args.seed}")
+    eval_every, save_every = max(num_rollouts // 200, 1), max(num_rollouts // 20, 1)
+    log = start_tracking(args, f"policies-{game.name}-seed{args.seed}")
 
     env = ParticleEnv(game, args.num_envs, device)
-    T, A, D = game.horizon, game.num_agents, game.observation_dim
     capacity = max(args.buffer_size, args.num_envs)
-    buffer_observations = torch.zeros(capacity, T + 1, A, D, device=device)
-    buffer_actions = torch.zeros(capacity, T, A, dtype=torch.int64, device=device)
-    buffer_rewards = torch.zeros(capacity, T, device=device)  # of the team: the sum over its agents
+    buffer = dict(observations=torch.zeros(capacity, T + 1, A, D, device=device))
+    buffer |= dict(actions=torch.zeros(capacity, T, A, dtype=torch.uint8, device=device))
+    buffer |= dict(rewards=torch.zeros(capacity, T, device=device))  # of the team: the sum over its agents
 
-    rookie_distance, rookie_updates, rookie, history = float("inf"), 0, None, []
-    progress = tqdm(range(num_rollouts), desc=f"online VDN on {game.name}", unit="rollout", mininterval=1)
+    def measure(network) -> float:
+        return mean_return(game, network, TEST_EPISODES, args.seed + 10**6, device)
+
+    start, history, checkpoints = 0, [], []  # history: [updates, return] of the checkpoint at the same place
+    partial_path = folder / "training.pt"
+    parts = dict(online=online, target=target, optimizer=optimizer)
+    if partial_path.exists():
+        partial = load_checkpoint(partial_path, ("training",))
+        advice = "delete it to start anew"
+        check_same_args(partial_path, partial["args"] | {"train_policies": args.train_policies}, vars(args), advice)
+        for name, part in parts.items():
+            part.load_state_dict(partial["state_dict"][name])
+        for name, tensor in partial["state_dict"]["buffer"].items():
+            buffer[name].copy_(tensor)
+        generator.set_state(partial["state_dict"]["generator"])
+        start, history, checkpoints = (partial["metrics"][name] for name in ("rollouts", "history", "checkpoints"))
+        print(f"{partial_path}: going on after {start} of {num_rollouts} rollouts", flush=True)
+
+    progress = tqdm(range(start, num_rollouts), desc=f"online VDN on {game.name}", unit="rollout", mininterval=1)
     for i in progress:
         done = i / num_rollouts
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1, max(0.02, 2 * (1 - done)))
-        epsilon = max(0.05, 1 - 0.95 * i * args.updates_per_rollout / args.exploration_updates)
+        explored = min(i * args.updates_per_rollout / args.exploration_updates, 1)
+        epsilon = 1 - explored * (1 - args.final_epsilon)
 
         act = make_actor(online, game.num_actions, generator, epsilon=epsilon)
         observations, actions, rewards = rollout(env, act, env.reset(generator))
         slots = torch.arange(i * args.num_envs, (i + 1) * args.num_envs, device=device) % capacity
-        buffer_observations[slots], buffer_actions[slots], buffer_rewards[slots] = observations, actions, rewards.sum(-1)
+        buffer["observations"][slots], buffer["actions"][slots] = observations, actions.to(torch.uint8)
+        buffer["rewards"][slots] = rewards.sum(-1)
         filled = min((i + 1) * args.num_envs, capacity)
 
         for _ in range(args.updates_per_rollout):
             batch = torch.randint(filled, (args.batch_size,), generator=generator, device=device)
-            episodes = buffer_observations[batch], buffer_actions[batch], buffer_rewards[batch]
+            episodes = buffer["observations"][batch], buffer["actions"][batch].long(), buffer["rewards"][batch]
             loss = vdn_loss(online, target, *episodes, args.gamma, args.td_lambda)
             optimizer.zero_grad()
             loss.backward()
@@ -608,49 +769,64 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
             with torch.no_grad():
                 torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.target_update_rate)
 
+        updates = (i + 1) * args.updates_per_rollout
         if (i + 1) % eval_every == 0 or i + 1 == num_rollouts:
             test_return = mean_return(game, online, 1024, args.seed + 1000 + i, device)
             metrics = {"charts/test_return": test_return, "charts/score": game.score(test_return)}
-            metrics["losses/td_loss"] = loss.item()
-            log(metrics, (i + 1) * args.updates_per_rollout)
-            history.append([(i + 1) * args.updates_per_rollout, test_return])
+            log(metrics | {"losses/td_loss": loss.item()}, updates)
+            history.append([updates, test_return])
+            checkpoints.append(copy.deepcopy(online.state_dict()))
             progress.set_postfix({"return": f"{test_return:.2f}"})
-            distance = abs(game.score(test_return) - args.rookie_score)
-            if distance < rookie_distance:
-                rookie_distance, rookie_updates, rookie = distance, history[-1][0], copy.deepcopy(online.state_dict())
+        if (i + 1) % save_every == 0 and i + 1 < num_rollouts:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= dict(buffer=buffer, generator=generator.get_state())
+            metrics = dict(rollouts=i + 1, history=history, checkpoints=checkpoints)
+            save_content(partial_path, kind="training", args=vars(args), meta={}, state_dict=state, stats={}, metrics=metrics)
 
-    expert = copy.deepcopy(online.state_dict())
-    for name, updates, weights in (("expert", history[-1][0], expert), ("rookie", rookie_updates, rookie)):
-        online.load_state_dict(weights)
-        final_return = mean_return(game, online, TEST_EPISODES, args.seed + 10**6, device)
-        score = game.score(final_return)
-        metrics = {"charts/test_return": final_return, "charts/score": score, "updates": updates}
+    low, high = measure(None), measure(online)  # of the random policy, of the expert
+    chosen = {"expert": len(history) - 1}
+    for name, share in EARLY_CHECKPOINTS.items():
+        wanted = low + share * (high - low)
+        chosen[name] = min(range(len(history)), key=lambda index: abs(history[index][1] - wanted))
+    for name, index in chosen.items():
+        online.load_state_dict(checkpoints[index])
+        metrics = {"charts/test_return": measure(online), "updates": history[index][0]}
+        metrics["charts/score"] = game.score(metrics["charts/test_return"])
         meta = dict(env=game.name, num_agents=A, num_landmarks=game.num_landmarks, network=shape)
         command = " ".join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else "collect_data.main"
         meta |= dict(command=command, seed=args.seed, torch=str(torch.__version__))
         history_metrics = {"history": history} if name == "expert" else {}
         save_checkpoint(folder / f"{name}.pt", "vdn", args, meta, online, {}, metrics | history_metrics)
-        print(f"{folder / name}.pt: greedy return {final_return:.2f}, score {score:.0f}, after {updates} updates")
+        value, updates = metrics["charts/test_return"], metrics["updates"]
+        print(f"{folder / name}.pt: greedy return {value:.2f} (random policy {low:.2f}), after {updates} updates")
+    partial_path.unlink(missing_ok=True)
 
 
-def play_mixture(args: Args, game: Game, expert, rookie, device) -> dict[str, torch.Tensor]:
-    """All trajectories of the mixture (Table 1), in random order -> observations, actions, rewards, behavior, deviator."""
+def play_mixture(args: Args, game: Game, networks: dict, device) -> dict[str, torch.Tensor]:
+    """All trajectories of the mixture (Table 1), in random order -> observations, actions, rewards, behavior, deviator.
+    `networks` are the expert, the rookie and the novice."""
     generator = torch.Generator(device).manual_seed(args.seed)
     parts = MIXTURES[args.dataset]
     counts = [args.num_trajectories * part // sum(parts) for part in parts]
     counts[EXPERT] += args.num_trajectories - sum(counts)
-    deviators = (torch.arange(max(counts[UNILATERAL], 1), device=device) % game.num_agents).split(ENVIRONMENTS_AT_ONCE)
+    turns = torch.arange(max(counts[UNILATERAL], 1), device=device).split(ENVIRONMENTS_AT_ONCE)
+
+    def actor(name: str) -> Callable:
+        return make_actor(networks.get(name), game.num_actions, generator, epsilon=args.epsilon)
+
     chunks = []
     progress = tqdm(total=args.num_trajectories, desc="collecting", unit="trajectory", mininterval=0.5)
     for behavior, count in enumerate(counts):
         for number, start in enumerate(range(0, count, ENVIRONMENTS_AT_ONCE)):
             n = min(ENVIRONMENTS_AT_ONCE, count - start)
             deviator = torch.full((n,), -1, device=device)
-            network = {EXPERT: expert, UNILATERAL: expert, ROOKIE: rookie, TRIVIAL: None}[behavior]
-            act = make_actor(network, game.num_actions, generator, epsilon=args.epsilon)
+            name = {EXPERT: "expert", UNILATERAL: "expert", ROOKIE: "rookie", TRIVIAL: "random"}[behavior]
+            act = actor(name)
             if behavior == UNILATERAL:
-                deviator = deviators[number]
-                act = let_deviate(act, make_actor(rookie, game.num_actions, generator, epsilon=args.epsilon), deviator)
+                deviator = turns[number] % game.num_agents
+                novice_deviates = turns[number] // game.num_agents % 2 == 1
+                act = let_deviate(act, actor("rookie"), torch.where(novice_deviates, -1, deviator))
+                act = let_deviate(act, actor("novice"), torch.where(novice_deviates, deviator, -1))
             env = ParticleEnv(game, n, device)
             observations, actions, rewards = rollout(env, act, env.reset(generator))
             chunks.append((observations, actions.to(torch.uint8), rewards, torch.full_like(deviator, behavior), deviator))
@@ -662,7 +838,7 @@ def play_mixture(args: Args, game: Game, expert, rookie, device) -> dict[str, to
 
 
 def let_deviate(act: Callable, deviating_act: Callable, deviator: torch.Tensor) -> Callable:
-    """Unilateral policy: in environment n, agent deviator[n] follows deviating_act and all others follow act."""
+    """Unilateral policy: in environment n, agent deviator[n] (-1: no agent) follows deviating_act and all others follow act."""
 
     def unilateral_act(observations, step):
         deviates = torch.arange(observations.shape[1], device=deviator.device) == deviator[:, None]  # (N, A)
@@ -695,48 +871,49 @@ def draw_labels(returns, pairs, steepness: float, generator) -> tuple[torch.Tens
 
 
 def main(args: Args) -> None:
-    if args.env not in GAMES:
-        raise UserError(f"--env {args.env}: unknown game, choose from {', '.join(GAMES)}")
     if args.dataset not in MIXTURES:
         raise UserError(f"--dataset {args.dataset}: unknown mixture, choose from {', '.join(MIXTURES)}")
     if args.num_trajectories % BLOCK_SIZE:
         raise UserError(f"--num-trajectories {args.num_trajectories}: must be a multiple of the block size {BLOCK_SIZE}")
     device = set_up(args)
-    game = GAMES[args.env]
-    data_path = Path(args.data_path or f"runs/{args.env}/{args.dataset}/dataset.npz")
+    env_name = game_name(args)
+    game = make_game(env_name)
+    if game is None:
+        raise UserError(f"--env {args.env}: unknown game, choose from spread, tag, reference")
+    data_path = Path(args.data_path or f"runs/{env_name}/{args.dataset}/dataset.npz")
 
-    folder = Path(args.policies_path or Path(__file__).parent / "policies") / args.env
-    paths = {name: folder / f"{name}.pt" for name in ("expert", "rookie")}
+    folder = Path(args.policies_path or Path(__file__).parent / "policies") / env_name
+    paths = {policy: folder / f"{policy}.pt" for policy in ("expert", *EARLY_CHECKPOINTS)}
     missing = [path for path in paths.values() if not path.exists()]
-    if len(missing) == 1 and not args.train_policies:
-        raise UserError(
-            f"{missing[0]}: no such file; --train-policies makes expert and rookie anew, writing over the other one"
-        )
+    if missing and len(missing) < len(paths) and not args.train_policies:
+        raise UserError(f"{missing[0]}: no such file; --train-policies makes all of them anew, writing over the others")
     if missing or args.train_policies:
-        print(f"training expert and rookie of {args.env} for {folder}", flush=True)
+        print(f"training {', '.join(paths)} of {env_name} for {folder}", flush=True)
         train_policies(args, game, folder, device)
     networks, hashes = {}, {}
-    for name, path in paths.items():
+    for policy, path in paths.items():
         checkpoint = load_checkpoint(path, ("vdn",))
-        networks[name] = network = build_network(AgentNetwork, path, checkpoint, device)
-        if checkpoint["meta"].get("env") != args.env:
-            raise UserError(f"{path}: 'meta' says it plays {checkpoint['meta'].get('env')}, not --env {args.env}")
-        find_game(path, args.env, (network.num_agents, network.observation_dim, network.num_actions, network.horizon))
-        hashes[name] = hash_weights(network, {})
+        networks[policy] = network = build_network(AgentNetwork, path, checkpoint, device)
+        if checkpoint["meta"].get("env") != env_name:
+            raise UserError(f"{path}: 'meta' says it plays {checkpoint['meta'].get('env')}, not {env_name}")
+        find_game(path, env_name, (network.num_agents, network.observation_dim, network.num_actions, network.horizon))
+        hashes[policy] = hash_weights(network, {})
+    if game.prey is not None:
+        hashes["prey"] = hash_weights(game.prey, {})
     if data_path.exists():
         stored = read_meta(data_path)
-        check_same_args(data_path, stored, dataset_args(args), "choose another --data-path or delete it")
+        check_same_args(data_path, stored, dataset_args(args) | {"env": env_name}, "choose another --data-path or delete it")
         if stored.get("policies") != hashes:
             raise UserError(f"{data_path}: made with other policies; choose another --data-path or delete it")
 
-    data = play_mixture(args, game, networks["expert"], networks["rookie"], device)
+    data = play_mixture(args, game, networks, device)
     generator = torch.Generator(device).manual_seed(args.seed + 1)
     returns = data["true_rewards"].sum(dim=1)
     pairs = draw_pairs(args.num_trajectories, args.pairs_per_trajectory, generator)
     labels, mean, std = draw_labels(returns, pairs, args.steepness, generator)
 
-    meta = dict(format=FORMAT, env=args.env, num_agents=game.num_agents, num_landmarks=game.num_landmarks)
-    meta |= dict(num_actions=game.num_actions, horizon=game.horizon, mixture=args.dataset, **dataset_args(args))
+    meta = dict(format=FORMAT, num_actions=game.num_actions, horizon=game.horizon, mixture=args.dataset)
+    meta |= dataset_args(args) | dict(env=env_name, num_agents=game.num_agents, num_landmarks=game.num_landmarks)
     meta |= dict(return_mean=mean.tolist(), return_std=std.tolist(), policies=hashes)
     meta |= dict(versions=dict(torch=str(torch.__version__), numpy=np.__version__))
     arrays = {name: tensor.cpu().numpy() for name, tensor in data.items()}
@@ -769,4 +946,4 @@ def read_meta(path: Path) -> dict:
 
 
 if __name__ == "__main__":
-    run_command_line(main, Args, presets={})
+    run_command_line(main, Args, PRESETS)

@@ -57,6 +57,10 @@ class Args:
     """the game; must be the dataset's"""
     dataset: str = "diversified"
     """folder in runs/<game>/"""
+    num_agents: int | None = None
+    """in spread (3, or whatever you like)"""
+    num_landmarks: int | None = None
+    """in spread (as many as agents, or whatever you like)"""
     alpha: float = 1.0
     """weight of the smoothness term, Eq. (1)"""
     seed: int = 1
@@ -94,7 +98,14 @@ class Args:
     """stop after this many epochs without a better held-out likelihood"""
 
 
-PRESETS = {"paper": dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100, patience=100)}
+PRESETS = {  # by game
+    "default": {},
+    "paper": {  # Table 5
+        "all": dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100, patience=100),
+        "reference": dict(hidden_dim=64),
+        "tag": dict(network="gru", hidden_dim=64),
+    },
+}
 RETURN_STATISTICS = ("return_mean", "return_std")  # of the meta, per agent: with the steepness they made the labels
 MINIBATCH_PAIRS = 256  # for datasets without blocks
 
@@ -105,23 +116,38 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
-def run_command_line(main: Callable, args_class: type, presets: dict[str, dict]) -> None:
-    """Parse sys.argv into args_class and call main. `--preset NAME` replaces defaults; a flag given by hand wins over it."""
+def run_command_line(main: Callable, args_class: type, presets: dict[str, dict[str, dict]]) -> None:
+    """Parse sys.argv into args_class and call main. `--preset NAME --env GAME` replaces defaults by presets[NAME]["all"] and
+    presets[NAME][GAME]; a flag given by hand wins over them."""
     try:
         defaults = None
         if presets:
             parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             parser.add_argument("--preset", default="default")
-            preset = parser.parse_known_args()[0].preset
-            if preset not in ("default", *presets):
-                raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
-            defaults = args_class(preset=preset, **presets.get(preset, {}))
+            parser.add_argument("--env", default=args_class.env)
+            chosen = parser.parse_known_args()[0]
+            if chosen.preset not in presets:
+                raise UserError(f"--preset {chosen.preset}: unknown, choose from {', '.join(presets)}")
+            preset = presets[chosen.preset]
+            values = preset.get("all", {}) | preset.get(chosen.env.split("-")[0], {})
+            defaults = args_class(**values | ({"preset": chosen.preset} if len(presets) > 1 else {}))
         main(tyro.cli(args_class) if defaults is None else tyro.cli(args_class, default=defaults))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def game_name(args) -> str:
+    """The game that --env, --num-agents and --num-landmarks name: spread, spread-5x4 (5 agents, 4 landmarks), tag, ..."""
+    counts = {"--num-agents": args.num_agents, "--num-landmarks": args.num_landmarks}
+    given = [f"{flag} {count}" for flag, count in counts.items() if count is not None]
+    if args.env != "spread" and given:
+        raise UserError(f"{given[0]}: only --env spread lets you choose; leave it out")
+    A = args.num_agents or 3
+    L = args.num_landmarks or A
+    return args.env if (A, L) == (3, 3) else f"spread-{A}x{L}"
 
 
 def set_up(args) -> torch.device:
@@ -203,9 +229,12 @@ def save_checkpoint(path, kind: str, args, meta: dict, network: nn.Module, stats
     state_dict = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     if not all(torch.isfinite(tensor).all() for tensor in state_dict.values()):
         raise UserError(f"{path}: not written, the weights are NaN or infinite; try a smaller --learning-rate")
-    content = dict(format=FORMAT, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
+    save_content(path, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
+
+
+def save_content(path, **content) -> None:
     buffer = io.BytesIO()  # torch.save hides the reason of a failed write, a plain write does not
-    torch.save(content, buffer)
+    torch.save(dict(format=FORMAT, **content), buffer)
     save_file(path, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -491,10 +520,11 @@ def compare_with_truth(model, data: dict, minibatches: list, meta: dict) -> dict
 
 def main(args: Args) -> None:
     device = set_up(args)
-    data_path = Path(args.data_path or f"runs/{args.env}/{args.dataset}/dataset.npz")
+    env_name = game_name(args)
+    data_path = Path(args.data_path or f"runs/{env_name}/{args.dataset}/dataset.npz")
     run_name = f"-{args.run_name}" if args.run_name else ""
     reward_path = Path(args.reward_path or data_path.parent / f"reward{run_name}-alpha{args.alpha:g}-seed{args.seed}.pt")
-    data, meta = load_dataset(data_path, args.env, ("observations", "actions", "pairs", "labels"), ("block", "true_rewards"))
+    data, meta = load_dataset(data_path, env_name, ("observations", "actions", "pairs", "labels"), ("block", "true_rewards"))
     check_replaceable(reward_path, "reward", args, {"dataset": meta["hash"]})
     log = start_tracking(args, reward_path.stem)
 
@@ -556,7 +586,7 @@ def main(args: Args) -> None:
     predicted = predict(model, data, torch.cat([minibatch[0] for minibatch in training]).unique())
     stats = {"mean": predicted.mean().item(), "std": predicted.std(correction=0).item()}  # Eq. (4), over the training part
 
-    meta = dict(env=args.env, horizon=T, sources={"dataset": meta["hash"]}, network=shape)
+    meta = dict(env=env_name, horizon=T, sources={"dataset": meta["hash"]}, network=shape)
     save_checkpoint(reward_path, "reward", args, meta, model, stats, metrics | {"history": history})
     print(f"{reward_path}: epoch {best_epoch} of {len(history)}")
     for name, value in metrics.items():

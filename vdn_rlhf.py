@@ -31,6 +31,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -53,6 +54,10 @@ class Args:
     """the game; must be the dataset's"""
     dataset: str = "diversified"
     """folder in runs/<game>/; collect_data.py makes diversified, mix-unilateral, mix-expert and pure-expert"""
+    num_agents: int | None = None
+    """in spread (3, or whatever you like)"""
+    num_landmarks: int | None = None
+    """in spread (as many as agents, or whatever you like)"""
     beta: float = 1.0
     """weight of the KL term, Eq. (3)"""
     alpha: float = 1.0
@@ -106,11 +111,15 @@ class Args:
     """gradients are clipped to this norm"""
 
 
-PRESETS = {
+PRESETS = {  # by game
+    "default": {"tag": dict(beta=3.0)},  # section 5.3
     "paper": {  # Table 5; a DQN has one-step targets; the paper names no gamma, 0.9 is that of the JaxMARL code it builds on
-        **dict(run_name="paper", network="gru", hidden_dim=64, time_input=False),
-        **dict(learning_rate=1e-3, gamma=0.9, td_lambda=0.0, num_updates=10_000),
-    }
+        "all": {
+            **dict(run_name="paper", network="gru", hidden_dim=64, time_input=False),
+            **dict(learning_rate=1e-3, gamma=0.9, td_lambda=0.0, num_updates=10_000),
+        },
+        "tag": dict(beta=3.0, num_updates=50_000),  # of the published scripts; Table 5 says 1,000,000
+    },
 }
 
 
@@ -120,23 +129,38 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
-def run_command_line(main: Callable, args_class: type, presets: dict[str, dict]) -> None:
-    """Parse sys.argv into args_class and call main. `--preset NAME` replaces defaults; a flag given by hand wins over it."""
+def run_command_line(main: Callable, args_class: type, presets: dict[str, dict[str, dict]]) -> None:
+    """Parse sys.argv into args_class and call main. `--preset NAME --env GAME` replaces defaults by presets[NAME]["all"] and
+    presets[NAME][GAME]; a flag given by hand wins over them."""
     try:
         defaults = None
         if presets:
             parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             parser.add_argument("--preset", default="default")
-            preset = parser.parse_known_args()[0].preset
-            if preset not in ("default", *presets):
-                raise UserError(f"--preset {preset}: unknown, choose from {', '.join(['default', *presets])}")
-            defaults = args_class(preset=preset, **presets.get(preset, {}))
+            parser.add_argument("--env", default=args_class.env)
+            chosen = parser.parse_known_args()[0]
+            if chosen.preset not in presets:
+                raise UserError(f"--preset {chosen.preset}: unknown, choose from {', '.join(presets)}")
+            preset = presets[chosen.preset]
+            values = preset.get("all", {}) | preset.get(chosen.env.split("-")[0], {})
+            defaults = args_class(**values | ({"preset": chosen.preset} if len(presets) > 1 else {}))
         main(tyro.cli(args_class) if defaults is None else tyro.cli(args_class, default=defaults))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def game_name(args) -> str:
+    """The game that --env, --num-agents and --num-landmarks name: spread, spread-5x4 (5 agents, 4 landmarks), tag, ..."""
+    counts = {"--num-agents": args.num_agents, "--num-landmarks": args.num_landmarks}
+    given = [f"{flag} {count}" for flag, count in counts.items() if count is not None]
+    if args.env != "spread" and given:
+        raise UserError(f"{given[0]}: only --env spread lets you choose; leave it out")
+    A = args.num_agents or 3
+    L = args.num_landmarks or A
+    return args.env if (A, L) == (3, 3) else f"spread-{A}x{L}"
 
 
 def set_up(args) -> torch.device:
@@ -218,9 +242,12 @@ def save_checkpoint(path, kind: str, args, meta: dict, network: nn.Module, stats
     state_dict = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     if not all(torch.isfinite(tensor).all() for tensor in state_dict.values()):
         raise UserError(f"{path}: not written, the weights are NaN or infinite; try a smaller --learning-rate")
-    content = dict(format=FORMAT, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
+    save_content(path, kind=kind, args=vars(args), meta=meta, state_dict=state_dict, stats=stats, metrics=metrics)
+
+
+def save_content(path, **content) -> None:
     buffer = io.BytesIO()  # torch.save hides the reason of a failed write, a plain write does not
-    torch.save(content, buffer)
+    torch.save(dict(format=FORMAT, **content), buffer)
     save_file(path, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -411,29 +438,35 @@ class RewardNetwork(nn.Module):
 # actions and rewards come and go with the environments first. A game is a table of constants and a reward function.
 @dataclass(frozen=True)
 class Game:
-    """Constants of one game; tuples have one entry per agent. Returns low and high fix the scale of the score."""
+    """Constants of one game. The bodies are the A agents and, in tag, the prey after them; tuples have one entry per body.
+    Returns low and high fix the scale of the score."""
 
     name: str
     num_agents: int
     num_landmarks: int
     num_actions: int
-    agent_sizes: tuple[float, ...]
-    accelerations: tuple[float, ...]
-    max_speeds: tuple[float, ...]
-    """of the agents; infinite: no limit"""
-    landmark_size: float
-    """landmarks push agents away within this radius; minus infinity: they do not touch"""
-    landmark_range: float
-    """landmarks start in +- this, agents in +-1"""
     observation_dim: int
     observe: Callable[[ParticleEnv], torch.Tensor]
     """(A, D, N) from the environment as it is"""
     reward: Callable[[ParticleEnv], torch.Tensor]
     """(A, N) from the environment as it is after a step"""
-    low: float
+    body_sizes: tuple[float, ...]
+    """radii; minus infinity: touches nothing"""
+    accelerations: tuple[float, ...]
+    max_speeds: tuple[float, ...]
+    """infinite: no limit"""
+    landmark_size: float = -float("inf")
+    """landmarks push bodies away within this radius; minus infinity: they do not touch"""
+    landmark_range: float = 1.0
+    """landmarks start in +- this, bodies in +-1"""
+    num_words: int = 0
+    """an action is also one of so many words to the partner: action % 5 moves, action // 5 speaks"""
+    prey: nn.Module | None = None
+    """moves the last body, by sampling from the softmax of its outputs"""
+    low: float = float("nan")
     """mean return of the random policy: score 0"""
-    high: float
-    """mean return of the paper's authors' best expert: score 100"""
+    high: float = float("nan")
+    """mean return of the paper's authors' best expert (tag: of the expert shipped here): score 100"""
     horizon: int = 25
 
     def score(self, mean_return: float) -> float:
@@ -454,25 +487,97 @@ def spread_reward(env: ParticleEnv) -> torch.Tensor:
     return -0.5 * coverage - 0.5 * touched
 
 
-def spread(num_agents: int = 3, num_landmarks: int = 3, low: float = -26.46, high: float = -10.03) -> Game:
+SPREAD_SCORES = {  # (agents, landmarks): returns of the random policy and of the authors' best expert
+    **{(3, 3): (-26.46, -10.03), (4, 5): (-38.65, -26.58), (5, 5): (-35.34, -18.73)},
+    **{(6, 5): (-33.08, -25.03), (7, 5): (-31.32, -24.16)},
+}
+
+
+def spread(num_agents: int, num_landmarks: int) -> Game:
+    """simple_spread_v3, where MPE2 has as many landmarks as agents."""
     A, L, infinity = num_agents, num_landmarks, float("inf")
-    sizes = dict(name="spread", num_agents=A, num_landmarks=L, num_actions=5, observation_dim=4 + 2 * L + 4 * (A - 1))
-    bodies = dict(agent_sizes=(0.15,) * A, accelerations=(5.0,) * A, max_speeds=(infinity,) * A)
-    landmarks = dict(landmark_size=-infinity, landmark_range=1.0)
-    return Game(**sizes, **bodies, **landmarks, observe=spread_observation, reward=spread_reward, low=low, high=high)
+    low, high = SPREAD_SCORES.get((A, L), (float("nan"), float("nan")))
+    return Game(
+        **dict(name="spread" if (A, L) == (3, 3) else f"spread-{A}x{L}", num_agents=A, num_landmarks=L, num_actions=5),
+        **dict(observation_dim=4 + 2 * L + 4 * (A - 1), observe=spread_observation, reward=spread_reward),
+        **dict(body_sizes=(0.15,) * A, accelerations=(5.0,) * A, max_speeds=(infinity,) * A, low=low, high=high),
+    )
 
 
-GAMES = {"spread": spread()}
+def reference_observation(env: ParticleEnv) -> torch.Tensor:
+    """Own velocity, landmarks relative to it, the colour of the landmark that the partner is to reach, the partner's word."""
+    colors = 0.25 + 0.5 * F.one_hot(env.goals, 3).transpose(1, 2)  # (A, 3, N)
+    return torch.cat([env.velocities, env.relative[:, :3].flatten(1, 2), colors, env.words.flip(0)], dim=1)
 
 
-def find_game(path: Path | str, env: str, shape: tuple[int, int, int, int]) -> Game | None:
-    """The game a file says it is of, None if it is not one of GAMES. Raises UserError where the file's numbers of agents,
-    observations, actions and steps are not the game's."""
-    game = GAMES.get(env)
+def reference_reward(env: ParticleEnv) -> torch.Tensor:
+    """0.5 * (-distance of the partner to its goal, which only the agent sees) + 0.5 * (mean of that over both agents)."""
+    distances = env.distances[:, :3].flip(0).gather(1, env.goals[:, None]).squeeze(1)  # (A, N)
+    return -0.5 * distances - 0.5 * distances.mean(dim=0)
+
+
+def reference() -> Game:
+    """simple_reference_v3: two agents tell each other with one of ten words per step which of three landmarks to reach."""
+    infinity = float("inf")
+    return Game(
+        **dict(name="reference", num_agents=2, num_landmarks=3, num_actions=50, num_words=10, observation_dim=21),
+        **dict(observe=reference_observation, reward=reference_reward, body_sizes=(-infinity,) * 2),
+        **dict(accelerations=(5.0,) * 2, max_speeds=(infinity,) * 2, low=-28.34, high=-10.36),
+    )
+
+
+def tag_observation(env: ParticleEnv) -> torch.Tensor:
+    """Own velocity and position, landmarks and other bodies relative to it, the velocity of the prey."""
+    own = torch.cat([env.velocities, env.positions, env.relative.flatten(1, 2)], dim=1)[:3]
+    return torch.cat([own, env.velocities[3:].expand(3, -1, -1)], dim=1)
+
+
+def prey_observation(env: ParticleEnv) -> torch.Tensor:
+    """The prey's own velocity and position, landmarks and adversaries relative to it -> (1, 14, N)."""
+    return torch.cat([env.velocities[3], env.positions[3], env.relative[3].flatten(0, 1)])[None]
+
+
+def tag_reward(env: ParticleEnv) -> torch.Tensor:
+    """10 for every adversary that touches the prey, for each of them."""
+    L = env.game.num_landmarks
+    touches = env.distances[3, L:] < env.contact_distances[3, L:]  # (A, N)
+    return 10.0 * touches.sum(dim=0).expand(3, -1)
+
+
+def tag(prey: nn.Module | None) -> Game:
+    """simple_tag_v3 as a game of its three adversaries. Without a prey policy `step` takes the prey's actions too."""
+    return Game(
+        **dict(name="tag", num_agents=3, num_landmarks=2, num_actions=5, observation_dim=16, prey=prey),
+        **dict(observe=tag_observation, reward=tag_reward, landmark_size=0.2, landmark_range=0.9),
+        **dict(body_sizes=(0.075,) * 3 + (0.05,), accelerations=(3.0,) * 3 + (4.0,), max_speeds=(1.0,) * 3 + (1.3,)),
+    )
+
+
+def load_prey() -> nn.Module:
+    """The policy that all tag results here are against, made by benchmark/train_prey.py."""
+    path = Path(__file__).parent / "policies" / "tag" / "prey.pt"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; tag needs the policy of its prey, copy the file there from the repository")
+    return build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+
+
+def make_game(name: str) -> Game | None:
+    """The game with that name (spread-5x4: 5 agents, 4 landmarks); None for a name that is no game of this project."""
+    if name == "spread":
+        return spread(3, 3)
+    if sizes := re.fullmatch(r"spread-([1-9]\d*)x([1-9]\d*)", name):
+        return spread(int(sizes[1]), int(sizes[2]))
+    return reference() if name == "reference" else tag(load_prey()) if name == "tag" else None
+
+
+def find_game(path: Path | str, name: str, shape: tuple[int, int, int, int]) -> Game | None:
+    """The game a file says it is of, None if this project does not know it. Raises UserError where the file's numbers of
+    agents, observations, actions and steps are not the game's."""
+    game = make_game(name)
     if game is not None:
         expected = (game.num_agents, game.observation_dim, game.num_actions, game.horizon)
         if shape != expected:
-            raise UserError(f"{path}: (agents, observation size, actions, steps) are {shape} but {env} has {expected}")
+            raise UserError(f"{path}: (agents, observation size, actions, steps) are {shape} but {name} has {expected}")
     return game
 
 
@@ -486,60 +591,91 @@ class ParticleEnv:
     dt, damping, contact_force, contact_margin = 0.1, 0.25, 100.0, 1e-3  # mpe2/_mpe_utils/core.py; masses are 1
 
     def __init__(self, game: Game, num_envs: int, device="cpu", dtype=torch.float32):
-        A, L = game.num_agents, game.num_landmarks
+        bodies, L = len(game.body_sizes), game.num_landmarks
         self.game, self.num_envs, self.device, self.dtype = game, num_envs, torch.device(device), dtype
         options = dict(device=device, dtype=dtype)
-        others = [[j for j in range(A) if j != i] for i in range(A)]
-        # What agent i observes and touches, in MPE2's order: all landmarks (entities A, A + 1, ...), then the other agents.
-        self.observed = torch.tensor([[*range(A, A + L), *others[i]] for i in range(A)], device=device)
-        sizes = torch.tensor([*game.agent_sizes, *[game.landmark_size] * L], **options)
-        self.contact_distances = (sizes[:A, None] + sizes[self.observed])[..., None]  # (A, L + A - 1, 1)
+        others = [[j for j in range(bodies) if j != i] for i in range(bodies)]
+        # What body i observes and touches, in MPE2's order: all landmarks, then the other bodies.
+        self.observed = torch.tensor([[*range(bodies, bodies + L), *others[i]] for i in range(bodies)], device=device)
+        sizes = torch.tensor([*game.body_sizes, *[game.landmark_size] * L], **options)
+        self.contact_distances = (sizes[:bodies, None] + sizes[self.observed])[..., None]  # (bodies, L + bodies - 1, 1)
         self.first_contact = L if game.landmark_size < 0 else 0  # skips the landmarks where nothing touches them
-        self.accelerations = torch.tensor(game.accelerations, **options)[:, None]  # (A, 1)
-        self.max_speeds = torch.tensor(game.max_speeds, **options)[:, None]  # (A, 1)
+        self.has_contacts = max(game.body_sizes) > 0
+        self.accelerations = torch.tensor(game.accelerations, **options)[:, None]  # (bodies, 1)
+        self.max_speeds = torch.tensor(game.max_speeds, **options)[:, None]  # (bodies, 1)
         self.moves = torch.tensor([[0, -1, 1, 0, 0], [0, 0, 0, -1, 1]], **options)  # (x and y, action)
+        if game.prey is not None:
+            game.prey.to(device)
+        self._wake_prey(None)
 
     def reset(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        """New random start states -> observations (N, A, D)."""
-        A, L = self.game.num_agents, self.game.num_landmarks
-        shape = (self.num_envs, A + L, 2)
+        """New random start states -> observations (N, A, D). A prey draws its actions from the same generator."""
+        game, bodies = self.game, len(self.game.body_sizes)
+        shape = (self.num_envs, bodies + game.num_landmarks, 2)
         uniform = 2 * torch.rand(shape, generator=generator, device=self.device, dtype=self.dtype) - 1
-        return self.set_state(uniform[:, :A], torch.zeros_like(uniform[:, :A]), uniform[:, A:] * self.game.landmark_range)
+        positions, landmarks, goals = uniform[:, :bodies], uniform[:, bodies:] * game.landmark_range, None
+        if game.num_words:
+            shape = (self.num_envs, game.num_agents)
+            goals = torch.randint(game.num_landmarks, shape, generator=generator, device=self.device)
+        self._wake_prey(generator)
+        return self.set_state(positions, torch.zeros_like(positions), landmarks, goals)
 
-    def set_state(self, positions, velocities, landmarks) -> torch.Tensor:
-        """Start from positions and velocities (N, A, 2) and landmarks (N, L, 2) -> observations (N, A, D)."""
+    def set_state(self, positions, velocities, landmarks, goals=None) -> torch.Tensor:
+        """Start from positions and velocities (N, bodies, 2), landmarks (N, L, 2) and, in reference, the landmarks (N, A) to
+        which the agents are to send their partners -> observations (N, A, D)."""
         self.positions, self.velocities, self.landmarks = (
             x.to(self.device, self.dtype).permute(1, 2, 0).contiguous() for x in (positions, velocities, landmarks)
         )
+        if self.game.num_words:
+            self.goals = goals.to(self.device).T.contiguous()  # (A, N)
+            self.words = self.positions.new_zeros(self.game.num_agents, self.game.num_words, self.num_envs)
         self._measure()
         return self.game.observe(self).permute(2, 0, 1).contiguous()
 
+    def state(self) -> list[torch.Tensor]:
+        """What set_state takes."""
+        state = [x.permute(2, 0, 1) for x in (self.positions, self.velocities, self.landmarks)]
+        return [*state, self.goals.T] if self.game.num_words else state
+
     def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """actions (N, A) in 0 .. num_actions - 1 -> observations (N, A, D), rewards (N, A)."""
-        force = (self.moves[:, actions.T] * self.accelerations).transpose(0, 1)  # (A, 2, N)
-        # Contacts: a softplus of the overlap, written so that neither exp overflows nor its slow subnormal range is
-        # reached (beyond 80 it adds less than 1e-34).
-        first = self.first_contact
-        distances = self.distances[:, first:]  # (A, landmarks and agents it can touch, N)
-        overlap = (self.contact_distances[:, first:] - distances) / self.contact_margin
-        softplus = overlap.clamp(min=0) + torch.log1p(torch.exp(-overlap.abs().clamp(max=80)))
-        push = self.contact_force * self.contact_margin * softplus / distances
-        force = force - (self.relative[:, first:] * push[:, :, None]).sum(dim=1)
+        if self.game.prey is not None:
+            actions = torch.cat([actions, self.act_prey(prey_observation(self).permute(2, 0, 1).float(), 0)], dim=1)
+        if self.game.num_words:
+            self.words = F.one_hot(actions.T // 5, self.game.num_words).transpose(1, 2).to(self.dtype)  # (A, words, N)
+            actions = actions % 5
+        force = (self.moves[:, actions.T] * self.accelerations).transpose(0, 1)  # (bodies, 2, N)
+        if self.has_contacts:
+            force = force - self._contact_forces()
         self.positions = self.positions + self.velocities * self.dt
         self.velocities = self.velocities * (1 - self.damping) + force * self.dt
         if min(self.game.max_speeds) < float("inf"):
             x, y = self.velocities.unbind(dim=1)
-            speeds = (x * x + y * y).sqrt()  # (A, N)
+            speeds = (x * x + y * y).sqrt()  # (bodies, N)
             self.velocities = self.velocities * (self.max_speeds / speeds).clamp(max=1)[:, None]
         self._measure()
         return self.game.observe(self).permute(2, 0, 1).contiguous(), self.game.reward(self).T
 
+    def _contact_forces(self) -> torch.Tensor:
+        """Towards what is touched, (bodies, 2, N): a softplus of the overlap, written so that neither exp overflows nor its
+        slow subnormal range is reached (beyond 80 it adds less than 1e-34)."""
+        first = self.first_contact
+        distances = self.distances[:, first:]  # (bodies, landmarks and bodies it can touch, N)
+        overlap = (self.contact_distances[:, first:] - distances) / self.contact_margin
+        softplus = overlap.clamp(min=0) + torch.log1p(torch.exp(-overlap.abs().clamp(max=80)))
+        push = self.contact_force * self.contact_margin * softplus / distances
+        return (self.relative[:, first:] * push[:, :, None]).sum(dim=1)
+
     def _measure(self) -> None:
-        """Where every agent sees landmarks and other agents, and how far they are."""
-        entities = torch.cat([self.positions, self.landmarks])  # (A + L, 2, N)
-        self.relative = entities[self.observed] - self.positions[:, None]  # (A, L + A - 1, 2, N)
+        """Where every body sees landmarks and other bodies, and how far they are."""
+        entities = torch.cat([self.positions, self.landmarks])  # (bodies + L, 2, N)
+        self.relative = entities[self.observed] - self.positions[:, None]  # (bodies, L + bodies - 1, 2, N)
         x, y = self.relative.unbind(dim=2)
-        self.distances = (x * x + y * y).sqrt()  # (A, L + A - 1, N)
+        self.distances = (x * x + y * y).sqrt()  # (bodies, L + bodies - 1, N)
+
+    def _wake_prey(self, generator) -> None:
+        if self.game.prey is not None:
+            self.act_prey = make_actor(self.game.prey, 5, generator, sample=True)
 
 
 # --- end shared block ---
@@ -711,23 +847,37 @@ def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[st
     return metrics | {"charts/log_pi_ref": log_prob(logits, actions).mean().item()}
 
 
-def make_missing(path: Path, named: str, script: str, flags: dict) -> None:
-    """Have the sibling script make a file that is missing at its default path. A path that the user named must exist."""
-    if path.exists():
-        return
-    sibling = Path(__file__).with_name(script)
-    if named or not sibling.exists():
-        raise UserError(f"{path}: no such file; {script} makes it" + ("" if named else ", which is not beside this script"))
-    words = [os.path.relpath(sibling)]
-    for flag, value in flags.items():
-        if value is True:
-            words.append(f"--{flag}")
-        elif value is not False and value != "":
-            words += [f"--{flag}", str(value)]
-    print("$", shlex.join(["python", *words]), flush=True)
-    status = subprocess.run([sys.executable, *words]).returncode
-    if status:
-        sys.exit(status)
+def make_missing(files: list[tuple[Path, bool, str, dict]]) -> None:
+    """Have sibling scripts make, side by side, those of the files (path, named by the user, script, flags) that are missing at
+    their default paths. A path that the user named must exist."""
+    commands, processes = [], []
+    for path, named, script, flags in files:
+        sibling = Path(__file__).with_name(script)
+        if path.exists():
+            continue
+        if named or not sibling.exists():
+            raise UserError(f"{path}: no such file; {script} makes it" + ("" if named else ", which is not beside this script"))
+        words = [os.path.relpath(sibling)]
+        for flag, value in flags.items():
+            if value is True:
+                words.append(f"--{flag}")
+            elif value is not False and value not in ("", None):
+                words += [f"--{flag}", str(value)]
+        commands.append(words)
+    for words in commands:
+        print("$", shlex.join(["python", *words]), flush=True)
+    try:
+        for position, words in enumerate(commands):  # their progress bars stand one below the other
+            environment = os.environ | {"TQDM_POSITION": str(position)}
+            processes.append(subprocess.Popen([sys.executable, *words], env=environment))
+        while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+            time.sleep(0.1)
+        if failed := [process.returncode for process in processes if process.returncode]:
+            sys.exit(failed[0])
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
 
 
 def load_model(
@@ -756,9 +906,9 @@ def load_model(
 
 
 def load_shipped_policies(game: Game | None, device) -> dict[str, nn.Module]:
-    """Rookie and expert of the closing table, as far as they stand beside this script."""
+    """Novice, rookie and expert of the closing table, as far as they stand beside this script."""
     networks = {}
-    for name in ("rookie", "expert") if game is not None else ():
+    for name in ("novice", "rookie", "expert") if game is not None else ():
         path = Path(__file__).parent / "policies" / game.name / f"{name}.pt"
         if path.exists():
             network = build_network(AgentNetwork, path, load_checkpoint(path, ("vdn",)), device)
@@ -788,7 +938,8 @@ def main(args: Args) -> None:
     device = set_up(args)
     preset = "" if args.preset == "default" else f"-{args.preset}"
     run_name = f"-{args.run_name}" if args.run_name else ""
-    folder = Path(args.data_path).parent if args.data_path else Path(f"runs/{args.env}/{args.dataset}")
+    env_name = game_name(args)
+    folder = Path(args.data_path).parent if args.data_path else Path(f"runs/{env_name}/{args.dataset}")
     data_path = Path(args.data_path or folder / "dataset.npz")
     reward_path = Path(args.reward_path or folder / f"reward{preset}-alpha{args.alpha:g}-seed{args.seed}.pt")
     bc_path = Path(args.bc_path or folder / f"bc{preset}-seed{args.seed}.pt")
@@ -797,19 +948,19 @@ def main(args: Args) -> None:
     for path in (vdn_path, best_path):  # mistakes that can be told now are not told after minutes of work
         check_replaceable(path, "vdn", args, {})
 
-    common = {"env": args.env, "dataset": args.dataset}
+    common = {"env": args.env, "num-agents": args.num_agents, "num-landmarks": args.num_landmarks, "dataset": args.dataset}
     machine = {"device": args.device, "num-threads": args.num_threads, "deterministic": args.deterministic, "track": args.track}
-    make_missing(data_path, args.data_path, "collect_data.py", common | machine)
+    make_missing([(data_path, bool(args.data_path), "collect_data.py", common | machine)])
     common |= {"seed": args.seed, "preset": preset[1:], "data-path": args.data_path}
-    make_missing(reward_path, args.reward_path, "train_reward.py", common | {"alpha": args.alpha} | machine)
-    make_missing(bc_path, args.bc_path, "train_bc.py", common | machine)
+    reward_job = (reward_path, bool(args.reward_path), "train_reward.py", common | {"alpha": args.alpha} | machine)
+    make_missing([reward_job, (bc_path, bool(args.bc_path), "train_bc.py", common | machine)])
 
-    data, meta = load_dataset(data_path, args.env, ("observations", "actions"))
+    data, meta = load_dataset(data_path, env_name, ("observations", "actions"))
     observations, actions = data["observations"].to(device), data["actions"].to(device)
     N, T, A = actions.shape
     D, num_actions = observations.shape[-1], meta["num_actions"]
-    game = find_game(data_path, args.env, (A, D, num_actions, T))
-    sizes = dict(env=args.env, horizon=T, observation_dim=D, num_agents=A, num_actions=num_actions)
+    game = find_game(data_path, env_name, (A, D, num_actions, T))
+    sizes = dict(env=env_name, horizon=T, observation_dim=D, num_agents=A, num_actions=num_actions)
     dataset = dict(path=data_path, hash=meta["hash"], sizes=sizes)
     reward_checkpoint, reward_model = load_model(reward_path, args.reward_path, "reward", RewardNetwork, args, dataset, device)
     bc_checkpoint, reference_policy = load_model(bc_path, args.bc_path, "bc", AgentNetwork, args, dataset, device)
@@ -870,12 +1021,12 @@ def main(args: Args) -> None:
     metrics |= {"speed/updates_per_second": args.num_updates / (time.time() - start - evaluation_time)}
     log(metrics, args.num_updates)
 
-    policy_meta = dict(env=args.env, sources=sources, network=shape)
+    policy_meta = dict(env=env_name, sources=sources, network=shape)
     save_checkpoint(vdn_path, "vdn", args, policy_meta, online, {}, metrics | {"history": history})
     speed = metrics["speed/updates_per_second"]
     print(f"{vdn_path}: losses/td_loss {metrics['losses/td_loss']:.3f}, {speed:.1f} updates per second")
     if game is None:
-        print(f"{args.env} is no game of this script: evaluation skipped")
+        print(f"{env_name} is no game of this script: evaluation skipped")
         return
     best = AgentNetwork(**shape).to(device)
     best.load_state_dict(best_weights)
@@ -883,7 +1034,7 @@ def main(args: Args) -> None:
 
     rows = {"random": (None, False), "BC, greedy": (reference_policy, False), "BC, sampled": (reference_policy, True)}
     rows |= {"VDN-RLHF, last": (online, False), "VDN-RLHF, best": (best, False)}
-    rows |= {name: (network, False) for name, network in shipped.items()}
+    rows |= {policy: (network, False) for policy, network in shipped.items()}
     print_table(game, rows, reward_checkpoint["metrics"], args, device)
 
 

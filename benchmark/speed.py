@@ -9,11 +9,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from collect_data import GAMES, ParticleEnv
+from collect_data import ParticleEnv, reference, spread, tag
 
 
 def steps_per_second(env: ParticleEnv, episodes: int = 20) -> float:
-    shape = (env.game.horizon, env.num_envs, env.game.num_agents)
+    shape = (env.game.horizon, env.num_envs, len(env.game.body_sizes))
     actions = torch.randint(env.game.num_actions, shape, device=env.device)
     for timed in (False, True):  # the first round warms up
         start = time.time()
@@ -30,6 +30,7 @@ def steps_per_second(env: ParticleEnv, episodes: int = 20) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        for num_envs in (64, 4096, 65_536):
-            rate = steps_per_second(ParticleEnv(GAMES["spread"], num_envs, device))
-            print(f"spread, {device}, {num_envs:6d} environments: {rate / 1e6:6.2f} million steps per second")
+        for game in (spread(3, 3), spread(7, 5), tag(prey=None), reference()):
+            for num_envs in (64, 4096, 65_536):
+                rate = steps_per_second(ParticleEnv(game, num_envs, device))
+                print(f"{game.name}, {device}, {num_envs:6d} environments: {rate / 1e6:6.2f} million steps per second")

@@ -4,11 +4,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import same_weights
 
 import collect_data
-from collect_data import GAMES, Args, draw_labels, draw_pairs, mean_return
+from collect_data import EARLY_CHECKPOINTS, Args, draw_labels, draw_pairs, make_game, mean_return
 
 BLOCK = collect_data.BLOCK_SIZE
+POLICIES = ("expert", "rookie", "novice")
 
 
 def load(path) -> tuple[dict, dict]:
@@ -67,7 +69,7 @@ def test_stored_actions_and_observations_are_of_the_same_steps(spread_data):
     first = torch.from_numpy(arrays["observations"][:64, 0])  # velocity, position, landmarks relative to the agent, ...
     positions, velocities = first[..., 2:4], first[..., :2]
     landmarks = first[:, 0, 4:10].view(-1, 3, 2) + positions[:, :1]
-    env = collect_data.ParticleEnv(GAMES["spread"], 64)
+    env = collect_data.ParticleEnv(make_game("spread"), 64)
     env.set_state(positions, velocities, landmarks)
     for step in range(5):
         observed, rewards = env.step(torch.from_numpy(arrays["actions"][:64, step].astype(np.int64)))
@@ -128,13 +130,13 @@ def test_same_command_same_arrays(tmp_path):
 
 
 def test_same_command_same_policies(tmp_path):
-    """Online VDN twice, and a folder that has only one of the two policies is left alone."""
+    """Online VDN twice, and a folder that lacks one of the policies is left alone."""
     weights = []
     for name in ("a", "b"):
         args = Args(policies_path=str(tmp_path / name), num_trajectories=256, data_path=str(tmp_path / name / "dataset.npz"))
         args.num_updates, args.num_envs, args.hidden_dim, args.num_layers, args.device = 8, 16, 16, 2, "cpu"
         collect_data.main(args)
-        checkpoints = [torch.load(tmp_path / name / "spread" / f"{p}.pt", weights_only=True) for p in ("expert", "rookie")]
+        checkpoints = [torch.load(tmp_path / name / "spread" / f"{p}.pt", weights_only=True) for p in POLICIES]
         weights.append([checkpoint["state_dict"] for checkpoint in checkpoints])
     for a, b in zip(*weights, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -155,7 +157,7 @@ def spread_with_other_policies(tmp_path):
 
 
 def test_shipped_policies_meet_their_bars():
-    game, bars = GAMES["spread"], {"expert": (-8.2, 0.0), "rookie": (-22.0, -18.0)}
+    game, bars = make_game("spread"), {"expert": (-8.2, 0.0), "rookie": (-22.0, -18.0)}
     for name, (low, high) in bars.items():
         path = collect_data.Path(collect_data.__file__).parent / "policies" / "spread" / f"{name}.pt"
         checkpoint = collect_data.load_checkpoint(path, ("vdn",))
@@ -174,8 +176,38 @@ def test_online_vdn_learns(network, tmp_path):
     args = dataclasses.replace(args, network=network, num_updates=320, exploration_updates=200, learning_rate=3e-3)
     args = dataclasses.replace(args, hidden_dim=64, num_layers=2, num_envs=32, batch_size=32)
     collect_data.main(args)
-    metrics = {n: torch.load(tmp_path / "spread" / f"{n}.pt", weights_only=True)["metrics"] for n in ("expert", "rookie")}
+    metrics = {n: torch.load(tmp_path / "spread" / f"{n}.pt", weights_only=True)["metrics"] for n in POLICIES}
     first, last = metrics["expert"]["history"][0][1], metrics["expert"]["charts/test_return"]
     assert last > first + 5 and last > -28
-    distances = [abs(GAMES["spread"].score(value) - args.rookie_score) for _, value in metrics["expert"]["history"]]
-    assert metrics["rookie"]["updates"] == metrics["expert"]["history"][int(np.argmin(distances))][0]
+    returns = np.array([value for _, value in metrics["expert"]["history"]])
+    low = mean_return(make_game("spread"), None, collect_data.TEST_EPISODES, args.seed + 10**6, "cpu")
+    for name, share in EARLY_CHECKPOINTS.items():
+        nearest = np.abs(returns - (low + share * (last - low))).argmin()
+        assert metrics[name]["updates"] == metrics["expert"]["history"][nearest][0]
+
+
+def test_interrupted_policy_training_goes_on(tmp_path, monkeypatch):
+    """Stopped in mid-run and started again, it ends with the weights of the run that was not stopped."""
+    small = dict(env="reference", num_trajectories=256, num_updates=160, num_envs=16, hidden_dim=16, num_layers=2, device="cpu")
+    args = [Args(policies_path=str(tmp_path / n), data_path=str(tmp_path / n / "dataset.npz"), **small) for n in "ab"]
+    collect_data.main(args[0])
+    save_content = collect_data.save_content
+
+    def save_and_die(path, **content):
+        save_content(path, **content)
+        if content["kind"] == "training" and content["metrics"]["rollouts"] >= 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect_data, "save_content", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        collect_data.main(args[1])
+    assert [path.name for path in (tmp_path / "b/reference").iterdir()] == ["training.pt"]
+    monkeypatch.setattr(collect_data, "save_content", save_content)
+    args[1].hidden_dim = 8
+    with pytest.raises(collect_data.UserError, match=r"training.pt: .*--hidden-dim is 16 there and 8 here.*delete it"):
+        collect_data.main(args[1])
+    args[1].hidden_dim = 16
+    collect_data.main(args[1])
+    for name in POLICIES:
+        assert same_weights(*(tmp_path / folder / "reference" / f"{name}.pt" for folder in "ab"))
+    assert not (tmp_path / "b/reference/training.pt").exists()

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,17 +135,32 @@ def test_preset_paper_and_flags_by_hand(module, monkeypatch):
         module.run_command_line(parsed.append, module.Args, module.PRESETS)
     default, paper, by_hand = map(vars, parsed)
     assert default == vars(module.Args())
-    assert paper == default | module.PRESETS["paper"] | {"preset": "paper"} != default
+    assert paper == default | module.PRESETS["paper"]["all"] | {"preset": "paper"} != default
     assert by_hand == paper | {"learning_rate": 0.5, "run_name": "mine"}
+
+
+def test_every_game_has_its_defaults(monkeypatch, capsys):
+    """They show in --help, and a flag given by hand wins over them."""
+    parsed = []
+    for words in (["--env", "tag"], ["--env=tag", "--beta", "7"], ["--env", "tag", "--preset", "paper"], ["--env", "spread"]):
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
+        vdn_rlhf.run_command_line(parsed.append, vdn_rlhf.Args, vdn_rlhf.PRESETS)
+    assert [args.beta for args in parsed] == [3.0, 7.0, 3.0, 1.0]
+    assert parsed[2].num_updates == 50_000
+    monkeypatch.setattr(sys, "argv", ["script.py", "--env", "tag", "--help"])
+    with pytest.raises(SystemExit):
+        vdn_rlhf.run_command_line(parsed.append, vdn_rlhf.Args, vdn_rlhf.PRESETS)
+    assert re.search(r"--beta FLOAT[^-]*default: 3\.0", capsys.readouterr().out)
 
 
 def test_mistakes_on_the_command_line_exit_2_with_one_line(monkeypatch, capsys):
     cases = [(collect_data, words.split()) for words in ("--env sprad", "--dataset diverse", "--num-trajectories 100")]
+    cases += [(collect_data, words.split()) for words in ("--num-agents 0", "--num-landmarks -1")]
     cases += [(train_bc, ["--preset", "papre"]), (vdn_rlhf, ["--network", "transformer"])]
     for module, words in cases:
         monkeypatch.setattr(sys, "argv", ["script.py", *words])
         with pytest.raises(SystemExit) as exit:
-            module.run_command_line(module.main, module.Args, getattr(module, "PRESETS", {}))
+            module.run_command_line(module.main, module.Args, module.PRESETS)
         printed = capsys.readouterr()
         assert exit.value.code == 2
         assert printed.err.count("\n") == 1 and " ".join(words) in printed.err

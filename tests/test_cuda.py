@@ -36,7 +36,7 @@ def test_pipeline_twice_is_bit_equal(network, tmp_path):
 
 
 def test_physics_equal_the_cpu():
-    game, generator = collect_data.GAMES["spread"], torch.Generator().manual_seed(0)
+    game, generator = collect_data.make_game("spread"), torch.Generator().manual_seed(0)
     cpu, cuda = (collect_data.ParticleEnv(game, 256, device, torch.float64) for device in ("cpu", "cuda"))
     cpu.reset(generator)
     state = [x.permute(2, 0, 1) for x in (cpu.positions, cpu.velocities, cpu.landmarks)]

@@ -155,9 +155,9 @@ def test_preset_paper_finds_its_own_models(spread_data, tmp_path):
     data_path = tmp_path / "dataset.npz"
     data_path.write_bytes(spread_data.read_bytes())
     common = dict(preset="paper", data_path=str(data_path), device="cpu")
-    train_reward.main(train_reward.Args(**common, **train_reward.PRESETS["paper"] | dict(max_epochs=1)))
-    train_bc.main(train_bc.Args(**common, **train_bc.PRESETS["paper"] | dict(max_epochs=1)))
-    vdn_rlhf.main(Args(**common, **vdn_rlhf.PRESETS["paper"] | dict(num_updates=10)))
+    train_reward.main(train_reward.Args(**common, **train_reward.PRESETS["paper"]["all"] | dict(max_epochs=1)))
+    train_bc.main(train_bc.Args(**common, **train_bc.PRESETS["paper"]["all"] | dict(max_epochs=1)))
+    vdn_rlhf.main(Args(**common, **vdn_rlhf.PRESETS["paper"]["all"] | dict(num_updates=10)))
     files = {path.stem for path in tmp_path.glob("*.pt")}
     vdn = "vdn-paper-beta1-alpha1-seed1"
     assert files == {"reward-paper-alpha1-seed1", "bc-paper-seed1", vdn, f"{vdn}-best"}

@@ -1,0 +1,172 @@
+"""The games beside spread: tag with its prey, reference, other counts of agents; from shipped policies to a learned one."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import collect_data
+import evaluate
+import train_bc
+import train_reward
+import vdn_rlhf
+from collect_data import AgentNetwork, build_network, load_checkpoint, make_game, mean_return, tag
+
+POLICIES = ROOT / "policies"
+# Bars of the shipped experts. The authors' best are at -10.03, -10.36, -26.58, -18.73, -25.03 and -24.16.
+BARS = {"spread": -8.2, "reference": -9.0, "spread-4x5": -21.0, "spread-5x5": -15.0, "spread-6x5": -17.5, "spread-7x5": -17.0}
+
+
+SHIPPED = [path.parent.name for path in sorted(POLICIES.glob("*/expert.pt"))]
+needs_tag = pytest.mark.skipif("tag" not in SHIPPED, reason="no expert of tag yet")
+
+
+def shipped(name: str, policy: str):
+    path = POLICIES / name / f"{policy}.pt"
+    checkpoint = load_checkpoint(path, ("vdn",))
+    assert path.stat().st_size < 200_000
+    assert "collect_data.py" in checkpoint["meta"]["command"] and checkpoint["meta"]["seed"] >= 0
+    return build_network(AgentNetwork, path, checkpoint, "cpu"), checkpoint["metrics"]
+
+
+@pytest.mark.parametrize("name", [name for name in BARS if name in SHIPPED])
+def test_shipped_experts_meet_their_bars(name):
+    network, metrics = shipped(name, "expert")
+    measured = mean_return(make_game(name), network, 4096, 12345, "cpu")
+    assert measured >= BARS[name]
+    assert measured == pytest.approx(metrics["charts/test_return"], abs=0.4)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_rookie_and_novice_are_on_the_way_to_the_expert(name):
+    """By the share of the way from the random policy to the expert."""
+    random, *returns = (
+        mean_return(make_game(name), policy and shipped(name, policy)[0], 4096, 12345, "cpu")
+        for policy in (None, "novice", "rookie", "expert")
+    )
+    novice, rookie, _ = ((value - random) / (returns[-1] - random) for value in returns)
+    assert 0.1 < novice < rookie - 0.1 and 0.3 < rookie < 0.6
+
+
+class UniformPrey(torch.nn.Module):
+    def forward(self, observations, first_step=0, memory=None):
+        return torch.zeros(*observations.shape[:3], 5), None
+
+
+@needs_tag
+def test_prey_is_a_real_opponent():
+    game, (expert, _) = make_game("tag"), shipped("tag", "expert")
+    random, against_prey, against_uniform = (
+        mean_return(g, network, 4096, 12345, "cpu")
+        for g, network in ((game, None), (game, expert), (tag(UniformPrey()), expert))
+    )
+    assert random < 6 and against_prey >= 10 * random  # the authors': 3.95 and 39.3
+    assert against_prey <= 0.87 * against_uniform  # the authors': 39.3 and 45.4
+    assert game.low == pytest.approx(random, abs=0.3) and game.high == pytest.approx(against_prey, abs=1)
+
+
+def test_prey_draws_its_moves_from_its_softmax():
+    class Fixed(torch.nn.Module):
+        def forward(self, observations, first_step=0, memory=None):
+            assert observations.shape[2:] == (1, 14)
+            return torch.tensor([0.0, 2.0, 1.0, 0.0, 0.0]).expand(*observations.shape[:3], 5), None
+
+    env = collect_data.ParticleEnv(tag(Fixed()), 20_000)
+    env.reset(torch.Generator().manual_seed(0))
+    still = torch.zeros(20_000, 3, dtype=torch.long)
+    env.step(still)
+    share = torch.softmax(torch.tensor([0.0, 2.0, 1.0, 0.0, 0.0]), 0)
+    pushed = env.velocities[3].round(decimals=3)  # (2, N); from rest a push gives 0.4, unless something stood in the way
+    for move, push in enumerate(([0.0, 0.0], [-0.4, 0.0], [0.4, 0.0], [0.0, -0.4], [0.0, 0.4])):
+        measured = (pushed == torch.tensor(push)[:, None]).all(dim=0).float().mean()
+        assert measured == pytest.approx(share[move].item(), rel=0.25)
+
+
+@needs_tag
+@pytest.mark.parametrize("script", ["evaluate", "collect_data"])
+def test_tag_without_its_prey_says_so_in_one_line(script, tmp_path):
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    words = {"evaluate": ["--policy-path", str(POLICIES / "tag/expert.pt")]}.get(script, ["--env", "tag"])
+    done = subprocess.run([sys.executable, f"{script}.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "policies/tag/prey.pt: no such file; tag needs" in done.stderr
+
+
+@pytest.mark.parametrize("module", [collect_data, train_reward, train_bc, vdn_rlhf])
+@pytest.mark.parametrize("env, flag, count", [("tag", "num_agents", 3), ("reference", "num_landmarks", 4)])
+def test_counts_where_the_game_fixes_them(module, env, flag, count):
+    with pytest.raises(module.UserError, match=f"--{flag.replace('_', '-')} {count}: only --env spread"):
+        module.main(module.Args(env=env, device="cpu", **{flag: count}))
+
+
+def test_policies_of_other_games_and_counts(tmp_path):
+    expert = str(POLICIES / "spread" / "expert.pt")
+    for env, agents, message in (("spread", 5, "not spread-5x5"), ("tag", None, "not tag")):
+        with pytest.raises(evaluate.UserError, match=f"'meta' says it plays 'spread', {message}"):
+            evaluate.main(evaluate.Args(expert, env=env, num_agents=agents, device="cpu"))
+    shutil.copytree(POLICIES / "spread", tmp_path / "spread-4x3")
+    args = collect_data.Args(num_agents=4, num_landmarks=3, policies_path=str(tmp_path), device="cpu")
+    with pytest.raises(collect_data.UserError, match="'meta' says it plays spread, not spread-4x3"):
+        collect_data.main(args)
+    checkpoint = torch.load(expert, weights_only=True)
+    torch.save(checkpoint | {"meta": checkpoint["meta"] | {"env": "spread-4x3"}}, tmp_path / "lies.pt")
+    with pytest.raises(evaluate.UserError, match=r"\(agents, observation size, actions, steps\) are .* but spread-4x3 has"):
+        evaluate.main(evaluate.Args(str(tmp_path / "lies.pt"), device="cpu"))
+
+
+def test_dataset_of_another_count(spread_data, tmp_path):
+    args = train_bc.Args(num_agents=5, num_landmarks=5, data_path=str(spread_data), bc_path=str(tmp_path / "bc.pt"))
+    with pytest.raises(train_bc.UserError, match="'meta' says it is of the game 'spread'; pass --env spread"):
+        train_bc.main(args)
+
+
+@pytest.mark.parametrize("env, counts", [("tag", {}), ("reference", {}), ("spread", {"num_agents": 5, "num_landmarks": 5})])
+def test_whole_pipeline(env, counts, tmp_path, monkeypatch, capsys):
+    """A few updates from a small dataset already beat the random policy, and every file names its game."""
+    if ("spread-5x5" if counts else env) not in SHIPPED:
+        pytest.skip("no expert yet")
+    monkeypatch.chdir(tmp_path)
+    common = dict(env=env, device="cpu", **counts)
+    collect_data.main(collect_data.Args(num_trajectories=2560, **common))
+    train_reward.main(train_reward.Args(max_epochs=2, hidden_dim=32, **common))
+    train_bc.main(train_bc.Args(max_epochs=2, hidden_dim=32, **common))
+    vdn_rlhf.main(dataclasses.replace(vdn_rlhf.Args(num_updates=150, hidden_dim=32, **common), learning_rate=1e-2))
+    name = "spread-5x5" if counts else env
+    folder = tmp_path / "runs" / name / "diversified"
+    for file in ("reward-alpha1-seed1.pt", "bc-seed1.pt", "vdn-beta1-alpha1-seed1.pt"):
+        assert torch.load(folder / file, weights_only=True)["meta"]["env"] == name
+    network = build_network(AgentNetwork, "", load_checkpoint(folder / "bc-seed1.pt", ("bc",)), "cpu")
+    game = make_game(name)
+    assert game.score(mean_return(game, network, 1024, 1, "cpu")) > 15
+    table = capsys.readouterr().out
+    assert all(f"| {row}" in table for row in ("random", "novice", "rookie", "BC, greedy", "VDN-RLHF, last", "expert"))
+
+
+def test_deviators_are_rookies_and_novices_of_every_agent(tmp_path, monkeypatch):
+    """Each policy replaced by one that always plays its own action."""
+
+    class Always(torch.nn.Module):
+        def __init__(self, action):
+            super().__init__()
+            self.action = action
+
+        def forward(self, observations, first_step=0, memory=None):
+            return torch.nn.functional.one_hot(torch.full(observations.shape[:3], self.action), 5).float(), None
+
+    args = collect_data.Args(num_trajectories=1024, epsilon=0.0)
+    networks = {name: Always(action) for name, action in (("expert", 0), ("rookie", 1), ("novice", 2))}
+    data = collect_data.play_mixture(args, make_game("spread"), networks, torch.device("cpu"))
+    unilateral = data["behavior"] == collect_data.UNILATERAL
+    actions, deviator = data["actions"][unilateral].long(), data["deviator"][unilateral]
+    counts = torch.zeros(3, 3)
+    for agent in range(3):
+        chosen = actions[deviator == agent]  # (n, T, A)
+        assert (chosen[:, :, [a for a in range(3) if a != agent]] == 0).all()
+        assert (chosen[:, :, agent] == chosen[:, :1, agent]).all()
+        counts[agent] = torch.bincount(chosen[:, 0, agent], minlength=3)
+    assert (counts[:, 0] == 0).all() and (counts[:, 1:] - 256 / 6).abs().max() <= 1
+    assert (data["actions"][data["behavior"] == collect_data.ROOKIE] == 1).all()
