@@ -99,8 +99,6 @@ class Args:
     """width of every hidden layer"""
     num_layers: int = 3
     """hidden layers of the mlp (the gru always has one layer before and one after the recurrence)"""
-    time_input: bool = True
-    """the Q-network sees the time step too"""
     learning_rate: float = 1e-3
     """of Adam; falls linearly to 2 % over the second half"""
     gamma: float = 0.95
@@ -127,7 +125,9 @@ class Args:
     """gradients are clipped to this norm"""
 
 
-PRESETS = {"default": {}}  # by game
+PRESETS = {  # by game
+    "default": {"reference": dict(td_lambda=0.9, buffer_size=5_000, num_updates=40_000)},
+}
 
 
 # --- shared block: command_line ---
@@ -579,7 +579,16 @@ class AgentNetwork(nn.Module):
     pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far."""
 
     def __init__(
-        self, observation_dim, num_agents, num_actions, horizon, network="mlp", hidden_dim=128, num_layers=3, time_input=True
+        self,
+        observation_dim,
+        num_agents,
+        num_actions,
+        horizon,
+        network="mlp",
+        hidden_dim=128,
+        num_layers=3,
+        time_input=True,
+        num_words=0,
     ):
         super().__init__()
         input_dim = observation_dim + num_agents + time_input
@@ -592,9 +601,9 @@ class AgentNetwork(nn.Module):
             self.body = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
         else:
             raise UserError(f"--network {network}: unknown, choose mlp or gru")
-        self.head = nn.Linear(hidden_dim, num_actions)
+        self.head = nn.Linear(hidden_dim, num_words + num_actions // num_words if num_words else num_actions)
         self.network, self.observation_dim, self.num_agents = network, observation_dim, num_agents
-        self.num_actions, self.horizon, self.time_input = num_actions, horizon, time_input
+        self.num_actions, self.horizon, self.time_input, self.num_words = num_actions, horizon, time_input, num_words
 
     def forward(self, observations, first_step=0, memory=None):
         """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
@@ -607,10 +616,18 @@ class AgentNetwork(nn.Module):
             steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
             x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
         if self.network == "mlp":
-            return self.head(self.body(x)), None
+            return self._outputs(self.body(x)), None
         x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
         x, memory = self.body(x, memory)
-        return self.head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
+        return self._outputs(x.unflatten(0, (B, A)).transpose(1, 2)), memory
+
+    def _outputs(self, x):
+        """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
+        outputs = self.head(x)
+        if self.num_words:
+            words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
+            outputs = (words + moves).flatten(-2)
+        return outputs
 
 
 # --- end shared block ---
@@ -711,7 +728,7 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
     generator = torch.Generator(device).manual_seed(args.seed)
     T, A, D = game.horizon, game.num_agents, game.observation_dim
     shape = dict(observation_dim=D, num_agents=A, num_actions=game.num_actions, horizon=T)
-    shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, time_input=args.time_input)
+    shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, num_words=game.num_words)
     online, target = AgentNetwork(**shape).to(device), AgentNetwork(**shape).to(device).requires_grad_(False)
     target.load_state_dict(online.state_dict())
     optimizer = torch.optim.Adam(online.parameters(), lr=args.learning_rate)
@@ -719,6 +736,7 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
     eval_every, save_every = max(num_rollouts // 200, 1), max(num_rollouts // 20, 1)
     log = start_tracking(args, f"policies-{game.name}-seed{args.seed}")
 
+    language = random_language(game, args.seed, device) if game.num_words else None
     env = ParticleEnv(game, args.num_envs, device)
     capacity = max(args.buffer_size, args.num_envs)
     buffer = dict(observations=torch.zeros(capacity, T + 1, A, D, device=device))
@@ -751,8 +769,11 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
         explored = min(i * args.updates_per_rollout / args.exploration_updates, 1)
         epsilon = 1 - explored * (1 - args.final_epsilon)
 
-        act = make_actor(online, game.num_actions, generator, epsilon=epsilon)
-        observations, actions, rewards = rollout(env, act, env.reset(generator))
+        act, start_observations = make_actor(online, game.num_actions, generator, epsilon=epsilon), env.reset(generator)
+        if language is not None:
+            shares = 1.5 - i * args.updates_per_rollout / args.exploration_updates, max(0.1, 1 - done / 0.6)
+            act = explore_speech(act, language, *shares, generator)
+        observations, actions, rewards = rollout(env, act, start_observations)
         slots = torch.arange(i * args.num_envs, (i + 1) * args.num_envs, device=device) % capacity
         buffer["observations"][slots], buffer["actions"][slots] = observations, actions.to(torch.uint8)
         buffer["rewards"][slots] = rewards.sum(-1)
@@ -800,6 +821,42 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
         value, updates = metrics["charts/test_return"], metrics["updates"]
         print(f"{folder / name}.pt: greedy return {value:.2f} (random policy {low:.2f}), after {updates} updates")
     partial_path.unlink(missing_ok=True)
+
+
+def random_language(game: Game, seed: int, device) -> Callable:
+    """-> language(observations (N, A, D)) -> words (N, A): the argmax of a fixed random linear map of what an agent sees, each
+    number standardised by random play."""
+    generator = torch.Generator(device).manual_seed(seed)
+    env = ParticleEnv(game, 1024, device)
+    observations = rollout(env, make_actor(None, game.num_actions, generator), env.reset(generator))[0]
+    mean, std = observations.mean(dim=(0, 1, 2)), observations.std(dim=(0, 1, 2)).clamp(min=0.1)
+    weights = torch.randn(game.observation_dim, game.num_words, generator=generator, device=device)
+    return lambda observations: ((observations - mean) / std @ weights).argmax(dim=-1)
+
+
+def explore_speech(act: Callable, language: Callable, language_share, hold_share, generator) -> Callable:
+    """Exploration where actions are moves and words. A word that tells the goal with probability 1/2 instead of 1/3 is worth
+    next to nothing, a single word moves the listener by a single step, and so independent random words never become speech.
+    Therefore a share of the agents hold their word for ten steps on average, and a share of all words comes from a
+    language that already depends on the goal; 30 % of the words held are uniformly random."""
+    held = holds = None
+
+    def speaking_act(observations, step):
+        nonlocal held, holds
+        actions = act(observations, step)
+
+        def draw(share):
+            return torch.rand(actions.shape, generator=generator, device=actions.device) < share
+
+        words = torch.where(draw(language_share), language(observations), actions // 5)
+        random_words = torch.randint(10, actions.shape, generator=generator, device=actions.device)
+        words = torch.where(draw(0.3), random_words, words)
+        if step == 0:
+            held, holds = words, draw(hold_share)
+        held = torch.where(draw(0.1), words, held)
+        return torch.where(holds, actions % 5 + 5 * held, actions)
+
+    return speaking_act
 
 
 def play_mixture(args: Args, game: Game, networks: dict, device) -> dict[str, torch.Tensor]:

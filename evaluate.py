@@ -513,7 +513,16 @@ class AgentNetwork(nn.Module):
     pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far."""
 
     def __init__(
-        self, observation_dim, num_agents, num_actions, horizon, network="mlp", hidden_dim=128, num_layers=3, time_input=True
+        self,
+        observation_dim,
+        num_agents,
+        num_actions,
+        horizon,
+        network="mlp",
+        hidden_dim=128,
+        num_layers=3,
+        time_input=True,
+        num_words=0,
     ):
         super().__init__()
         input_dim = observation_dim + num_agents + time_input
@@ -526,9 +535,9 @@ class AgentNetwork(nn.Module):
             self.body = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
         else:
             raise UserError(f"--network {network}: unknown, choose mlp or gru")
-        self.head = nn.Linear(hidden_dim, num_actions)
+        self.head = nn.Linear(hidden_dim, num_words + num_actions // num_words if num_words else num_actions)
         self.network, self.observation_dim, self.num_agents = network, observation_dim, num_agents
-        self.num_actions, self.horizon, self.time_input = num_actions, horizon, time_input
+        self.num_actions, self.horizon, self.time_input, self.num_words = num_actions, horizon, time_input, num_words
 
     def forward(self, observations, first_step=0, memory=None):
         """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
@@ -541,10 +550,18 @@ class AgentNetwork(nn.Module):
             steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
             x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
         if self.network == "mlp":
-            return self.head(self.body(x)), None
+            return self._outputs(self.body(x)), None
         x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
         x, memory = self.body(x, memory)
-        return self.head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
+        return self._outputs(x.unflatten(0, (B, A)).transpose(1, 2)), memory
+
+    def _outputs(self, x):
+        """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
+        outputs = self.head(x)
+        if self.num_words:
+            words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
+            outputs = (words + moves).flatten(-2)
+        return outputs
 
 
 # --- end shared block ---

@@ -59,7 +59,9 @@ class Args:
     clip: float = 0.2
     """PPO keeps the ratio of new to old probabilities within 1 +- this"""
     entropy_coefficient: float = 0.003
-    """weight of the entropy bonus"""
+    """weight of the entropy bonus of the adversaries"""
+    prey_entropy_coefficient: float = 0.1
+    """the same of the prey: a predictable prey is caught by whoever knows it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
     hidden_dim: int = 128
@@ -83,7 +85,7 @@ def prey_reward(env: ParticleEnv) -> torch.Tensor:
 class Side:
     """Actor, critic and optimizer of the adversaries or of the prey."""
 
-    def __init__(self, observation_dim: int, num_agents: int, state_dim: int, learning_rate: float, args: Args, device):
+    def __init__(self, observation_dim, num_agents, state_dim, learning_rate, entropy_coefficient, args: Args, device):
         self.shape = dict(observation_dim=observation_dim, num_agents=num_agents, num_actions=5, horizon=25)
         self.shape |= dict(hidden_dim=args.hidden_dim, num_layers=2, time_input=False)
         self.actor = AgentNetwork(**self.shape).to(device)
@@ -92,7 +94,7 @@ class Side:
         self.critic = nn.Sequential(*layers).to(device)
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate)
-        self.learning_rate = learning_rate
+        self.learning_rate, self.entropy_coefficient = learning_rate, entropy_coefficient
 
     def update(self, observations, actions, states, rewards, args: Args, generator) -> None:
         """PPO on one rollout. observations (N, T, A, D), actions (N, T, A), states (N, T, S), rewards (N, T)."""
@@ -112,7 +114,7 @@ class Side:
                 actor_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
                 critic_loss = (self.critic(states[batch]).squeeze(-1) - returns[batch]).square().mean()
                 # Returns are counted in tens, hence the small weight: actor and critic share no weights, Adam no scale.
-                loss = actor_loss - args.entropy_coefficient * entropy + 0.5 * critic_loss
+                loss = actor_loss - self.entropy_coefficient * entropy + 0.5 * critic_loss
                 self.optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.actor.parameters(), args.max_grad_norm)
@@ -160,8 +162,8 @@ def main(args: Args) -> None:
     generator = torch.Generator(device).manual_seed(args.seed)
     game = tag(prey=None)
     state_dim = 3 * 16 + 14 + 1
-    adversaries = Side(16, 3, state_dim, args.learning_rate, args, device)
-    prey = Side(14, 1, state_dim, args.prey_learning_rate, args, device)
+    adversaries = Side(16, 3, state_dim, args.learning_rate, args.entropy_coefficient, args, device)
+    prey = Side(14, 1, state_dim, args.prey_learning_rate, args.prey_entropy_coefficient, args, device)
     env, history = ParticleEnv(game, args.num_envs, device), []
     progress = tqdm(range(args.num_iterations), desc="MAPPO on tag", unit="rollout", mininterval=1)
     for i in progress:

@@ -211,3 +211,33 @@ def test_interrupted_policy_training_goes_on(tmp_path, monkeypatch):
     for name in POLICIES:
         assert same_weights(*(tmp_path / folder / "reference" / f"{name}.pt" for folder in "ab"))
     assert not (tmp_path / "b/reference/training.pt").exists()
+
+
+def test_speech_is_explored_by_holding_words():
+    """Words change every tenth step, to the language's or (30 %) a random one; moves, and agents that do not hold, stay."""
+    generator = torch.Generator().manual_seed(0)
+
+    def act(observations, step):
+        return torch.full((4000, 2), 5 * 7 + 2)  # word 7, move 2
+
+    def language(observations):
+        return torch.full((4000, 2), 3)
+
+    explorer = collect_data.explore_speech(act, language, 1.0, 1.0, generator)
+    actions = torch.stack([explorer(None, step) for step in range(25)], dim=1)
+    assert (actions % 5 == 2).all()
+    words = actions // 5
+    assert (words == 3).float().mean() == pytest.approx(0.7 + 0.03, abs=0.02)
+    assert (words[:, 1:] != words[:, :-1]).float().mean() == pytest.approx(0.1 * (1 - 0.73**2 - 9 * 0.03**2), abs=0.005)
+    explorer = collect_data.explore_speech(act, language, 1.0, 0.0, generator)
+    assert (explorer(None, 0) == 5 * 7 + 2).all()
+
+
+def test_random_language_depends_on_the_goal():
+    game, generator = make_game("reference"), torch.Generator().manual_seed(0)
+    env = collect_data.ParticleEnv(game, 20_000)
+    words = collect_data.random_language(game, 1, "cpu")(env.reset(generator))
+    joint = torch.zeros(3, 10).index_put_((env.goals[0], words[:, 0]), torch.tensor(1 / 20_000), accumulate=True)
+    independent = joint.sum(dim=0) * joint.sum(dim=1, keepdim=True)
+    information = (joint * (joint / independent).clamp(min=1e-9).log2()).sum()
+    assert 0.1 < information < 1.58  # bits; a word that told the goal would have log2(3)
