@@ -1,13 +1,13 @@
 """Collect the offline preference dataset of section 6.2: play a mixture of expert, unilateral, rookie and trivial joint
 policies (Table 1), draw pairs of trajectories and one Bradley-Terry preference label per pair and agent, and write
-`runs/<game>/<dataset>/dataset.npz`. Experts and rookies come from `policies/<game>/`; what is missing there is trained
-first by online VDN (Sunehag et al., 2017), the rookie being an early checkpoint of the expert's run.
+`runs/<game>/<dataset>/dataset.npz`. Expert, rookie and novice come from `policies/<game>/`; where there are none they are
+trained first by online VDN (Sunehag et al., 2017), rookie and novice being early checkpoints of the expert's run.
 
 Usage: python collect_data.py --env spread --dataset diversified
 
 Logged metrics of the policy training (stdout and, with --track, wandb):
     charts/test_return  mean over agents of the undiscounted greedy return, fresh episodes
-    charts/score        the same on the scale random policy = 0, the paper's authors' best expert = 100
+    charts/score        the same on the scale random policy = 0, best expert of the paper's authors = 100 (tag: ours)
     losses/td_loss      mean squared TD error of the last minibatch
 
 Deviations from the paper:
@@ -28,11 +28,12 @@ import copy
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,9 @@ class Args:
     dataset: str = "diversified"
     """the mixture of Table 1: diversified, mix-unilateral, mix-expert or pure-expert"""
     num_agents: int | None = None
-    """in spread (3, or whatever you like)"""
+    """agents of spread; 3 where this is not given"""
     num_landmarks: int | None = None
-    """in spread (as many as agents, or whatever you like)"""
+    """landmarks of spread; as many as agents where this is not given"""
     num_trajectories: int = 38_400
     """N, a multiple of the block size 256 (paper: 38,400)"""
     pairs_per_trajectory: int = 10
@@ -116,7 +117,8 @@ class Args:
     buffer_size: int = 20_000
     """episodes in the replay buffer"""
     exploration_updates: int = 4_000
-    """epsilon-greedy exploration falls linearly from 1 to final_epsilon over this many updates"""
+    """epsilon-greedy exploration falls linearly from 1 to final_epsilon over this many updates; in reference the random
+    language is left behind between half and one and a half times as many"""
     final_epsilon: float = 0.05
     """share of uniformly random actions from then on"""
     target_update_rate: float = 0.01
@@ -163,6 +165,8 @@ def game_name(args) -> str:
     """The game that --env, --num-agents and --num-landmarks name: spread, spread-5x4 (5 agents, 4 landmarks), tag, ..."""
     counts = {"--num-agents": args.num_agents, "--num-landmarks": args.num_landmarks}
     given = [f"{flag} {count}" for flag, count in counts.items() if count is not None]
+    if args.env.startswith("spread-"):
+        raise UserError(f"--env {args.env}: pass --env spread with --num-agents and --num-landmarks")
     if args.env != "spread" and given:
         raise UserError(f"{given[0]}: only --env spread lets you choose; leave it out")
     A = args.num_agents or 3
@@ -184,7 +188,7 @@ def set_up(args) -> torch.device:
             raise UserError(f"{flag}: must be a finite number and not negative")
         if name in ("learning_rate", "max_grad_norm") and value == 0:
             raise UserError(f"{flag}: must be above 0")
-        if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
+        if name in ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate") and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -223,6 +227,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
+NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
 def save_file(path: Path | str, write: Callable) -> None:
@@ -360,8 +365,10 @@ class Game:
     """mean return of the paper's authors' best expert (tag: of the expert shipped here): score 100"""
     horizon: int = 25
 
-    def score(self, mean_return: float) -> float:
-        return 100 * (mean_return - self.low) / (self.high - self.low)
+    def metrics(self, test_return: float) -> dict[str, float]:
+        """Return and score; no score where low and high were never measured, in spread with counts that the paper lacks."""
+        score = 100 * (test_return - self.low) / (self.high - self.low)
+        return {"charts/test_return": test_return} | ({} if math.isnan(score) else {"charts/score": score})
 
 
 def spread_observation(env: ParticleEnv) -> torch.Tensor:
@@ -449,7 +456,10 @@ def load_prey() -> nn.Module:
     path = Path(__file__).parent / "policies" / "tag" / "prey.pt"
     if not path.exists():
         raise UserError(f"{path}: no such file; tag needs the policy of its prey, copy the file there from the repository")
-    return build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+    prey = build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+    if (prey.observation_dim, prey.num_agents, prey.num_actions) != (14, 1, 5):
+        raise UserError(f"{path}: 'meta' has other sizes than the prey's 14 observations and 5 actions")
+    return prey
 
 
 def make_game(name: str) -> Game | None:
@@ -751,8 +761,9 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
     parts = dict(online=online, target=target, optimizer=optimizer)
     if partial_path.exists():
         partial = load_checkpoint(partial_path, ("training",))
-        advice = "delete it to start anew"
-        check_same_args(partial_path, partial["args"] | {"train_policies": args.train_policies}, vars(args), advice)
+        if partial["meta"].get("device") != device.type:
+            raise UserError(f"{partial_path}: begun on {partial['meta'].get('device')}, cannot go on on {device.type}")
+        check_same_args(partial_path, partial["args"], policy_args(args), "delete it to start anew")
         for name, part in parts.items():
             part.load_state_dict(partial["state_dict"][name])
         for name, tensor in partial["state_dict"]["buffer"].items():
@@ -771,8 +782,9 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
 
         act, start_observations = make_actor(online, game.num_actions, generator, epsilon=epsilon), env.reset(generator)
         if language is not None:
-            shares = 1.5 - i * args.updates_per_rollout / args.exploration_updates, max(0.1, 1 - done / 0.6)
-            act = explore_speech(act, language, *shares, generator)
+            language_share = 1.5 - i * args.updates_per_rollout / args.exploration_updates
+            hold_share = max(0.1, 1 - done / 0.6)
+            act = explore_speech(act, language, game.num_words, language_share, hold_share, generator)
         observations, actions, rewards = rollout(env, act, start_observations)
         slots = torch.arange(i * args.num_envs, (i + 1) * args.num_envs, device=device) % capacity
         buffer["observations"][slots], buffer["actions"][slots] = observations, actions.to(torch.uint8)
@@ -791,10 +803,10 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
                 torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.target_update_rate)
 
         updates = (i + 1) * args.updates_per_rollout
-        if (i + 1) % eval_every == 0 or i + 1 == num_rollouts:
+        early = i < num_rollouts // 100  # where most changes, rookies and novices come from
+        if (i + 1) % (max(eval_every // 10, 1) if early else eval_every) == 0 or i + 1 == num_rollouts:
             test_return = mean_return(game, online, 1024, args.seed + 1000 + i, device)
-            metrics = {"charts/test_return": test_return, "charts/score": game.score(test_return)}
-            log(metrics | {"losses/td_loss": loss.item()}, updates)
+            log(game.metrics(test_return) | {"losses/td_loss": loss.item()}, updates)
             history.append([updates, test_return])
             checkpoints.append(copy.deepcopy(online.state_dict()))
             progress.set_postfix({"return": f"{test_return:.2f}"})
@@ -802,7 +814,10 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(buffer=buffer, generator=generator.get_state())
             metrics = dict(rollouts=i + 1, history=history, checkpoints=checkpoints)
-            save_content(partial_path, kind="training", args=vars(args), meta={}, state_dict=state, stats={}, metrics=metrics)
+            meta = dict(device=device.type)  # random number generators do not travel from one kind to another
+            save_content(
+                partial_path, kind="training", args=policy_args(args), meta=meta, state_dict=state, stats={}, metrics=metrics
+            )
 
     low, high = measure(None), measure(online)  # of the random policy, of the expert
     chosen = {"expert": len(history) - 1}
@@ -811,8 +826,7 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
         chosen[name] = min(range(len(history)), key=lambda index: abs(history[index][1] - wanted))
     for name, index in chosen.items():
         online.load_state_dict(checkpoints[index])
-        metrics = {"charts/test_return": measure(online), "updates": history[index][0]}
-        metrics["charts/score"] = game.score(metrics["charts/test_return"])
+        metrics = game.metrics(measure(online)) | {"updates": history[index][0]}
         meta = dict(env=game.name, num_agents=A, num_landmarks=game.num_landmarks, network=shape)
         command = " ".join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else "collect_data.main"
         meta |= dict(command=command, seed=args.seed, torch=str(torch.__version__))
@@ -834,11 +848,11 @@ def random_language(game: Game, seed: int, device) -> Callable:
     return lambda observations: ((observations - mean) / std @ weights).argmax(dim=-1)
 
 
-def explore_speech(act: Callable, language: Callable, language_share, hold_share, generator) -> Callable:
+def explore_speech(act: Callable, language: Callable, num_words: int, language_share, hold_share, generator) -> Callable:
     """Exploration where actions are moves and words. A word that tells the goal with probability 1/2 instead of 1/3 is worth
     next to nothing, a single word moves the listener by a single step, and so independent random words never become speech.
-    Therefore a share of the agents hold their word for ten steps on average, and a share of all words comes from a
-    language that already depends on the goal; 30 % of the words held are uniformly random."""
+    Therefore a share of the agents, hold_share, hold each word for ten steps on average: 30 % are uniformly random, of the
+    rest a language_share (clipped to 0 .. 1) belongs to a language that already depends on the goal, the others are act's."""
     held = holds = None
 
     def speaking_act(observations, step):
@@ -849,7 +863,7 @@ def explore_speech(act: Callable, language: Callable, language_share, hold_share
             return torch.rand(actions.shape, generator=generator, device=actions.device) < share
 
         words = torch.where(draw(language_share), language(observations), actions // 5)
-        random_words = torch.randint(10, actions.shape, generator=generator, device=actions.device)
+        random_words = torch.randint(num_words, actions.shape, generator=generator, device=actions.device)
         words = torch.where(draw(0.3), random_words, words)
         if step == 0:
             held, holds = words, draw(hold_share)
@@ -990,6 +1004,13 @@ def main(args: Args) -> None:
 def dataset_args(args: Args) -> dict:
     """The flags that a dataset depends on, as they stand in its meta."""
     names = ("env", "dataset", "num_trajectories", "pairs_per_trajectory", "steepness", "epsilon", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def policy_args(args: Args) -> dict:
+    """The flags that the training of policies depends on."""
+    first = [field.name for field in fields(Args)].index("network")
+    names = ["env", "num_agents", "num_landmarks", "seed", *[field.name for field in fields(Args)][first:]]
     return {name: getattr(args, name) for name in names}
 
 

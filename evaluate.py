@@ -5,7 +5,7 @@ Usage: python evaluate.py --policy-path policies/spread/expert.pt --num-episodes
 
 Reported (text on stdout, JSON with --json-path):
     charts/test_return  mean over agents and episodes of the undiscounted return of one episode
-    charts/score        the same on the scale random policy = 0, the paper's authors' best expert = 100
+    charts/score        the same on the scale random policy = 0, best expert of the paper's authors = 100 (tag: ours)
     standard_error      of charts/test_return, over episodes
     agent_returns       mean return of each agent
     episode_returns     of every episode, mean over its agents
@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -40,9 +41,9 @@ class Args:
     env: str = ""
     """the game; taken from the policy file where this is empty"""
     num_agents: int | None = None
-    """in spread (3, or whatever you like)"""
+    """agents of spread; 3 where this is not given"""
     num_landmarks: int | None = None
-    """in spread (as many as agents, or whatever you like)"""
+    """landmarks of spread; as many as agents where this is not given"""
     num_episodes: int = 4096
     """episodes to play"""
     backend: str = "torch"
@@ -97,6 +98,8 @@ def game_name(args) -> str:
     """The game that --env, --num-agents and --num-landmarks name: spread, spread-5x4 (5 agents, 4 landmarks), tag, ..."""
     counts = {"--num-agents": args.num_agents, "--num-landmarks": args.num_landmarks}
     given = [f"{flag} {count}" for flag, count in counts.items() if count is not None]
+    if args.env.startswith("spread-"):
+        raise UserError(f"--env {args.env}: pass --env spread with --num-agents and --num-landmarks")
     if args.env != "spread" and given:
         raise UserError(f"{given[0]}: only --env spread lets you choose; leave it out")
     A = args.num_agents or 3
@@ -118,7 +121,7 @@ def set_up(args) -> torch.device:
             raise UserError(f"{flag}: must be a finite number and not negative")
         if name in ("learning_rate", "max_grad_norm") and value == 0:
             raise UserError(f"{flag}: must be above 0")
-        if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
+        if name in ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate") and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -157,6 +160,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
+NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
 def save_file(path: Path | str, write: Callable) -> None:
@@ -294,8 +298,10 @@ class Game:
     """mean return of the paper's authors' best expert (tag: of the expert shipped here): score 100"""
     horizon: int = 25
 
-    def score(self, mean_return: float) -> float:
-        return 100 * (mean_return - self.low) / (self.high - self.low)
+    def metrics(self, test_return: float) -> dict[str, float]:
+        """Return and score; no score where low and high were never measured, in spread with counts that the paper lacks."""
+        score = 100 * (test_return - self.low) / (self.high - self.low)
+        return {"charts/test_return": test_return} | ({} if math.isnan(score) else {"charts/score": score})
 
 
 def spread_observation(env: ParticleEnv) -> torch.Tensor:
@@ -383,7 +389,10 @@ def load_prey() -> nn.Module:
     path = Path(__file__).parent / "policies" / "tag" / "prey.pt"
     if not path.exists():
         raise UserError(f"{path}: no such file; tag needs the policy of its prey, copy the file there from the repository")
-    return build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+    prey = build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+    if (prey.observation_dim, prey.num_agents, prey.num_actions) != (14, 1, 5):
+        raise UserError(f"{path}: 'meta' has other sizes than the prey's 14 observations and 5 actions")
+    return prey
 
 
 def make_game(name: str) -> Game | None:
@@ -731,7 +740,7 @@ def main(args: Args) -> dict:
     episode_returns = returns.mean(dim=1)
     test_return = episode_returns.mean().item()
     report = dict(policy=args.policy_path, env=env, backend=args.backend, num_episodes=args.num_episodes, seed=args.seed)
-    report |= {"sample": args.sample, "charts/test_return": test_return, "charts/score": game.score(test_return)}
+    report |= {"sample": args.sample} | game.metrics(test_return)
     report["standard_error"] = episode_returns.std().item() / len(episode_returns) ** 0.5 if len(episode_returns) > 1 else None
     report |= {"agent_returns": returns.mean(dim=0).tolist(), "episode_returns": episode_returns.tolist()}
     error = "" if report["standard_error"] is None else f" +- {report['standard_error']:.2f}"
@@ -739,7 +748,9 @@ def main(args: Args) -> dict:
     print(
         f"  charts/test_return {test_return:.2f}{error} (mean over agents of the undiscounted return of {game.horizon} steps)"
     )
-    print(f"  charts/score       {report['charts/score']:.1f} (random policy 0, the paper's authors' best expert 100)")
+    if "charts/score" in report:
+        score = report["charts/score"]
+        print(f"  charts/score       {score:.1f} (random policy 0, best expert of the paper's authors 100; tag: ours)")
     print(f"  agent_returns      {'  '.join(f'{value:.2f}' for value in report['agent_returns'])}")
     if args.json_path:
         save_file(args.json_path, lambda file: file.write(json.dumps(report, indent=1).encode()))

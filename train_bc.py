@@ -8,7 +8,7 @@ Logged metrics (stdout, `metrics` in the file and, with --track, wandb):
     bc/nll                      mean negative log-likelihood per action on held-out trajectories; uniform: log |A_i|
     bc/accuracy                 share of held-out actions that are the most probable one
     charts/test_return          mean over agents of the undiscounted return of the sampled policy, fresh episodes
-    charts/score                the same on the scale random policy = 0, the paper's authors' best expert = 100
+    charts/score                the same on the scale random policy = 0, best expert of the paper's authors = 100 (tag: ours)
     charts/greedy_test_return   return when every agent plays its most probable action
 
 Deviations from the paper:
@@ -25,6 +25,7 @@ import copy
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -48,9 +49,9 @@ class Args:
     dataset: str = "diversified"
     """folder in runs/<game>/"""
     num_agents: int | None = None
-    """in spread (3, or whatever you like)"""
+    """agents of spread; 3 where this is not given"""
     num_landmarks: int | None = None
-    """in spread (as many as agents, or whatever you like)"""
+    """landmarks of spread; as many as agents where this is not given"""
     seed: int = 1
     """fixes everything"""
     preset: str = "default"
@@ -129,6 +130,8 @@ def game_name(args) -> str:
     """The game that --env, --num-agents and --num-landmarks name: spread, spread-5x4 (5 agents, 4 landmarks), tag, ..."""
     counts = {"--num-agents": args.num_agents, "--num-landmarks": args.num_landmarks}
     given = [f"{flag} {count}" for flag, count in counts.items() if count is not None]
+    if args.env.startswith("spread-"):
+        raise UserError(f"--env {args.env}: pass --env spread with --num-agents and --num-landmarks")
     if args.env != "spread" and given:
         raise UserError(f"{given[0]}: only --env spread lets you choose; leave it out")
     A = args.num_agents or 3
@@ -150,7 +153,7 @@ def set_up(args) -> torch.device:
             raise UserError(f"{flag}: must be a finite number and not negative")
         if name in ("learning_rate", "max_grad_norm") and value == 0:
             raise UserError(f"{flag}: must be above 0")
-        if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
+        if name in ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate") and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -189,6 +192,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
+NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
 def save_file(path: Path | str, write: Callable) -> None:
@@ -323,7 +327,7 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
         meta = None
     check(isinstance(meta, dict), "meta", "is no JSON object")
     check(meta.get("format") == 1, "meta", f"says format {meta.get('format')}, but this code reads 1")
-    check(meta.get("env") == env, "meta", f"says it is of the game {meta.get('env')!r}; pass --env {meta.get('env')}")
+    check(meta.get("env") == env, "meta", f"is of the game {meta.get('env')!r}, not {env}; pass that game's --env and counts")
     num_actions = meta.get("num_actions")
     check(type(num_actions) is int and 1 <= num_actions <= 256, "meta", f"has num_actions {num_actions}, not 1 to 256")
 
@@ -404,8 +408,10 @@ class Game:
     """mean return of the paper's authors' best expert (tag: of the expert shipped here): score 100"""
     horizon: int = 25
 
-    def score(self, mean_return: float) -> float:
-        return 100 * (mean_return - self.low) / (self.high - self.low)
+    def metrics(self, test_return: float) -> dict[str, float]:
+        """Return and score; no score where low and high were never measured, in spread with counts that the paper lacks."""
+        score = 100 * (test_return - self.low) / (self.high - self.low)
+        return {"charts/test_return": test_return} | ({} if math.isnan(score) else {"charts/score": score})
 
 
 def spread_observation(env: ParticleEnv) -> torch.Tensor:
@@ -493,7 +499,10 @@ def load_prey() -> nn.Module:
     path = Path(__file__).parent / "policies" / "tag" / "prey.pt"
     if not path.exists():
         raise UserError(f"{path}: no such file; tag needs the policy of its prey, copy the file there from the repository")
-    return build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+    prey = build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+    if (prey.observation_dim, prey.num_agents, prey.num_actions) != (14, 1, 5):
+        raise UserError(f"{path}: 'meta' has other sizes than the prey's 14 observations and 5 actions")
+    return prey
 
 
 def make_game(name: str) -> Game | None:
@@ -808,8 +817,7 @@ def main(args: Args) -> None:
     num_updates = len(history) * updates_per_epoch
     metrics |= {"best_epoch": best_epoch, "speed/updates_per_second": num_updates / training_time}
     if game is not None:
-        metrics["charts/test_return"] = mean_return(game, policy, TEST_EPISODES, args.seed + 10**6, device, sample=True)
-        metrics["charts/score"] = game.score(metrics["charts/test_return"])
+        metrics |= game.metrics(mean_return(game, policy, TEST_EPISODES, args.seed + 10**6, device, sample=True))
         metrics["charts/greedy_test_return"] = mean_return(game, policy, TEST_EPISODES, args.seed + 10**6, device)
     else:
         print(f"{env_name} is no game of this script: evaluation skipped")

@@ -58,9 +58,9 @@ class Args:
     dataset: str = "diversified"
     """folder in runs/<game>/"""
     num_agents: int | None = None
-    """in spread (3, or whatever you like)"""
+    """agents of spread; 3 where this is not given"""
     num_landmarks: int | None = None
-    """in spread (as many as agents, or whatever you like)"""
+    """landmarks of spread; as many as agents where this is not given"""
     alpha: float = 1.0
     """weight of the smoothness term, Eq. (1)"""
     seed: int = 1
@@ -143,6 +143,8 @@ def game_name(args) -> str:
     """The game that --env, --num-agents and --num-landmarks name: spread, spread-5x4 (5 agents, 4 landmarks), tag, ..."""
     counts = {"--num-agents": args.num_agents, "--num-landmarks": args.num_landmarks}
     given = [f"{flag} {count}" for flag, count in counts.items() if count is not None]
+    if args.env.startswith("spread-"):
+        raise UserError(f"--env {args.env}: pass --env spread with --num-agents and --num-landmarks")
     if args.env != "spread" and given:
         raise UserError(f"{given[0]}: only --env spread lets you choose; leave it out")
     A = args.num_agents or 3
@@ -164,7 +166,7 @@ def set_up(args) -> torch.device:
             raise UserError(f"{flag}: must be a finite number and not negative")
         if name in ("learning_rate", "max_grad_norm") and value == 0:
             raise UserError(f"{flag}: must be above 0")
-        if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
+        if name in ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate") and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -203,6 +205,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
+NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
 def save_file(path: Path | str, write: Callable) -> None:
@@ -337,7 +340,7 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
         meta = None
     check(isinstance(meta, dict), "meta", "is no JSON object")
     check(meta.get("format") == 1, "meta", f"says format {meta.get('format')}, but this code reads 1")
-    check(meta.get("env") == env, "meta", f"says it is of the game {meta.get('env')!r}; pass --env {meta.get('env')}")
+    check(meta.get("env") == env, "meta", f"is of the game {meta.get('env')!r}, not {env}; pass that game's --env and counts")
     num_actions = meta.get("num_actions")
     check(type(num_actions) is int and 1 <= num_actions <= 256, "meta", f"has num_actions {num_actions}, not 1 to 256")
 

@@ -8,7 +8,7 @@ Usage: python vdn_rlhf.py --env spread --beta 1        (makes the dataset, rewar
 
 Logged metrics (stdout, `metrics` in the file and, with --track, wandb):
     charts/test_return   mean over agents of the undiscounted greedy return, fresh episodes
-    charts/score         the same on the scale random policy = 0, the paper's authors' best expert = 100
+    charts/score         the same on the scale random policy = 0, best expert of the paper's authors = 100 (tag: ours)
     charts/log_pi_ref    mean log-probability under pi_ref of the actions chosen in these episodes; uniform: -log |A_i|
     losses/td_loss       mean squared TD error of the last minibatch
 
@@ -33,6 +33,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -55,9 +56,9 @@ class Args:
     dataset: str = "diversified"
     """folder in runs/<game>/; collect_data.py makes diversified, mix-unilateral, mix-expert and pure-expert"""
     num_agents: int | None = None
-    """in spread (3, or whatever you like)"""
+    """agents of spread; 3 where this is not given"""
     num_landmarks: int | None = None
-    """in spread (as many as agents, or whatever you like)"""
+    """landmarks of spread; as many as agents where this is not given"""
     beta: float = 1.0
     """weight of the KL term, Eq. (3)"""
     alpha: float = 1.0
@@ -156,6 +157,8 @@ def game_name(args) -> str:
     """The game that --env, --num-agents and --num-landmarks name: spread, spread-5x4 (5 agents, 4 landmarks), tag, ..."""
     counts = {"--num-agents": args.num_agents, "--num-landmarks": args.num_landmarks}
     given = [f"{flag} {count}" for flag, count in counts.items() if count is not None]
+    if args.env.startswith("spread-"):
+        raise UserError(f"--env {args.env}: pass --env spread with --num-agents and --num-landmarks")
     if args.env != "spread" and given:
         raise UserError(f"{given[0]}: only --env spread lets you choose; leave it out")
     A = args.num_agents or 3
@@ -177,7 +180,7 @@ def set_up(args) -> torch.device:
             raise UserError(f"{flag}: must be a finite number and not negative")
         if name in ("learning_rate", "max_grad_norm") and value == 0:
             raise UserError(f"{flag}: must be above 0")
-        if name in ("gamma", "td_lambda", "epsilon", "target_update_rate") and value > 1:
+        if name in ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate") and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -216,6 +219,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
+NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
 def save_file(path: Path | str, write: Callable) -> None:
@@ -350,7 +354,7 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
         meta = None
     check(isinstance(meta, dict), "meta", "is no JSON object")
     check(meta.get("format") == 1, "meta", f"says format {meta.get('format')}, but this code reads 1")
-    check(meta.get("env") == env, "meta", f"says it is of the game {meta.get('env')!r}; pass --env {meta.get('env')}")
+    check(meta.get("env") == env, "meta", f"is of the game {meta.get('env')!r}, not {env}; pass that game's --env and counts")
     num_actions = meta.get("num_actions")
     check(type(num_actions) is int and 1 <= num_actions <= 256, "meta", f"has num_actions {num_actions}, not 1 to 256")
 
@@ -469,8 +473,10 @@ class Game:
     """mean return of the paper's authors' best expert (tag: of the expert shipped here): score 100"""
     horizon: int = 25
 
-    def score(self, mean_return: float) -> float:
-        return 100 * (mean_return - self.low) / (self.high - self.low)
+    def metrics(self, test_return: float) -> dict[str, float]:
+        """Return and score; no score where low and high were never measured, in spread with counts that the paper lacks."""
+        score = 100 * (test_return - self.low) / (self.high - self.low)
+        return {"charts/test_return": test_return} | ({} if math.isnan(score) else {"charts/score": score})
 
 
 def spread_observation(env: ParticleEnv) -> torch.Tensor:
@@ -558,7 +564,10 @@ def load_prey() -> nn.Module:
     path = Path(__file__).parent / "policies" / "tag" / "prey.pt"
     if not path.exists():
         raise UserError(f"{path}: no such file; tag needs the policy of its prey, copy the file there from the repository")
-    return build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+    prey = build_network(AgentNetwork, path, load_checkpoint(path, ("prey",)), "cpu")
+    if (prey.observation_dim, prey.num_agents, prey.num_actions) != (14, 1, 5):
+        raise UserError(f"{path}: 'meta' has other sizes than the prey's 14 observations and 5 actions")
+    return prey
 
 
 def make_game(name: str) -> Game | None:
@@ -860,8 +869,7 @@ def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[st
     with torch.no_grad():
         logits, _ = reference_policy(observations[:, :-1])
     test_return = rewards.sum(dim=1).mean().item()
-    metrics = {"charts/test_return": test_return, "charts/score": game.score(test_return)}
-    return metrics | {"charts/log_pi_ref": log_prob(logits, actions).mean().item()}
+    return game.metrics(test_return) | {"charts/log_pi_ref": log_prob(logits, actions).mean().item()}
 
 
 def make_missing(files: list[tuple[Path, bool, str, dict]]) -> None:
@@ -883,15 +891,20 @@ def make_missing(files: list[tuple[Path, bool, str, dict]]) -> None:
         commands.append(words)
     for words in commands:
         print("$", shlex.join(["python", *words]), flush=True)
+    on_terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for position, words in enumerate(commands):  # their progress bars stand one below the other
             environment = os.environ | {"TQDM_POSITION": str(position)}
             processes.append(subprocess.Popen([sys.executable, *words], env=environment))
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             time.sleep(0.1)
-        if failed := [process.returncode for process in processes if process.returncode]:
-            sys.exit(failed[0])
+        for words, process in zip(commands, processes, strict=True):
+            if process.poll() and process.returncode < 0:
+                raise UserError(f"{words[0]}: killed by signal {-process.returncode}")
+            if process.poll():
+                sys.exit(process.returncode)
     finally:
+        signal.signal(signal.SIGTERM, on_terminate)
         for process in processes:
             process.terminate()
             process.wait()
@@ -941,10 +954,11 @@ def print_table(game: Game, rows: dict, reward_metrics: dict, args: Args, device
         for name, (network, sample) in tqdm(rows.items(), desc="test episodes", unit="policy")
     }
     print(f"\nMean over agents of the undiscounted return of {game.horizon} steps, {TEST_EPISODES:,} fresh episodes.")
-    print("Score: the random policy is 0, the best expert of the paper's authors 100.\n")
+    print("Score: the random policy is 0, the best expert of the paper's authors 100 (tag: ours).\n")
     print(f"| {'policy':22s} | {'return':>8s} | {'score':>6s} |\n|{'-' * 24}|{'-' * 9}:|{'-' * 7}:|")
     for name, value in returns.items():
-        print(f"| {name:22s} | {value:8.2f} | {game.score(value):6.1f} |")
+        score = game.metrics(value).get("charts/score")
+        print(f"| {name:22s} | {value:8.2f} | {'' if score is None else format(score, '.1f'):>6s} |")
     if "reward/accuracy" in reward_metrics:
         bayes = reward_metrics.get("reward/bayes_accuracy")
         best = f" (the true return reaches {bayes:.3f})" if bayes is not None else ""

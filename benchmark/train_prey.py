@@ -24,6 +24,7 @@ from tqdm import tqdm
 from collect_data import (
     AgentNetwork,
     ParticleEnv,
+    check_replaceable,
     make_actor,
     mean_return,
     prey_observation,
@@ -63,7 +64,7 @@ class Args:
     prey_entropy_coefficient: float = 0.1
     """the same of the prey: a predictable prey is caught by whoever knows it"""
     max_grad_norm: float = 0.5
-    """gradients are clipped to this norm"""
+    """gradients of the actors are clipped to this norm, those of the critics to 20 times as much"""
     hidden_dim: int = 128
     """width of the actors' two hidden layers; critics are twice as wide"""
     device: str = "auto"
@@ -113,8 +114,7 @@ class Side:
                 clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
                 actor_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
                 critic_loss = (self.critic(states[batch]).squeeze(-1) - returns[batch]).square().mean()
-                # Returns are counted in tens, hence the small weight: actor and critic share no weights, Adam no scale.
-                loss = actor_loss - self.entropy_coefficient * entropy + 0.5 * critic_loss
+                loss = actor_loss - self.entropy_coefficient * entropy + critic_loss  # they share no weights
                 self.optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.actor.parameters(), args.max_grad_norm)
@@ -159,6 +159,7 @@ def play(env: ParticleEnv, adversaries: Side, prey: Side, generator) -> dict[str
 
 def main(args: Args) -> None:
     device = set_up(args)
+    check_replaceable(args.prey_path, "prey", args, {})
     generator = torch.Generator(device).manual_seed(args.seed)
     game = tag(prey=None)
     state_dim = 3 * 16 + 14 + 1

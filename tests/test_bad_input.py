@@ -68,7 +68,7 @@ BAD_DATASETS = {
     "meta no JSON": (arrays_with(meta=np.array("{")), "'meta' is no JSON"),
     "meta a list": (arrays_with(meta=np.array("[]")), "'meta'"),
     "another format": (with_meta(format=2), "'meta'.*format 2"),
-    "another game": (with_meta(env="spread"), "'meta'.*'spread'; pass --env spread"),
+    "another game": (with_meta(env="spread"), "'meta' is of the game 'spread', not made-up; pass that game's --env"),
     "no number of actions": (with_meta(num_actions=None), "'meta'.*num_actions None"),
 }
 

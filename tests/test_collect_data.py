@@ -156,19 +156,6 @@ def spread_with_other_policies(tmp_path):
     return path
 
 
-def test_shipped_policies_meet_their_bars():
-    game, bars = make_game("spread"), {"expert": (-8.2, 0.0), "rookie": (-22.0, -18.0)}
-    for name, (low, high) in bars.items():
-        path = collect_data.Path(collect_data.__file__).parent / "policies" / "spread" / f"{name}.pt"
-        checkpoint = collect_data.load_checkpoint(path, ("vdn",))
-        network = collect_data.build_network(collect_data.AgentNetwork, path, checkpoint, "cpu")
-        measured = mean_return(game, network, 4096, seed=12345, device="cpu")
-        assert low <= measured <= high
-        assert measured == pytest.approx(checkpoint["metrics"]["charts/test_return"], abs=0.4)
-        assert "collect_data.py" in checkpoint["meta"]["command"] and checkpoint["meta"]["seed"] >= 0
-        assert path.stat().st_size < 200_000
-
-
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 def test_online_vdn_learns(network, tmp_path):
     """320 updates lift the greedy policy well above the untrained one; a dataset can be collected from both checkpoints."""
@@ -206,7 +193,7 @@ def test_interrupted_policy_training_goes_on(tmp_path, monkeypatch):
     args[1].hidden_dim = 8
     with pytest.raises(collect_data.UserError, match=r"training.pt: .*--hidden-dim is 16 there and 8 here.*delete it"):
         collect_data.main(args[1])
-    args[1].hidden_dim = 16
+    args[1].hidden_dim, args[1].dataset = 16, "mix-expert"  # what no policy depends on may change
     collect_data.main(args[1])
     for name in POLICIES:
         assert same_weights(*(tmp_path / folder / "reference" / f"{name}.pt" for folder in "ab"))
@@ -223,13 +210,13 @@ def test_speech_is_explored_by_holding_words():
     def language(observations):
         return torch.full((4000, 2), 3)
 
-    explorer = collect_data.explore_speech(act, language, 1.0, 1.0, generator)
+    explorer = collect_data.explore_speech(act, language, 10, 1.0, 1.0, generator)
     actions = torch.stack([explorer(None, step) for step in range(25)], dim=1)
     assert (actions % 5 == 2).all()
     words = actions // 5
     assert (words == 3).float().mean() == pytest.approx(0.7 + 0.03, abs=0.02)
     assert (words[:, 1:] != words[:, :-1]).float().mean() == pytest.approx(0.1 * (1 - 0.73**2 - 9 * 0.03**2), abs=0.005)
-    explorer = collect_data.explore_speech(act, language, 1.0, 0.0, generator)
+    explorer = collect_data.explore_speech(act, language, 10, 1.0, 0.0, generator)
     assert (explorer(None, 0) == 5 * 7 + 2).all()
 
 

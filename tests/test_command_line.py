@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,47 @@ def test_what_is_missing_is_made_and_reused(tmp_path, monkeypatch, capfd):
     train_reward.main(train_reward.Args(reward_path=str(other), max_epochs=1, hidden_dim=8, device="cpu"))
     with pytest.raises(vdn_rlhf.UserError, match=r"vdn-beta1-alpha1-seed0.pt: made from another reward"):
         vdn_rlhf.main(vdn_rlhf.Args(reward_path=str(other), **named | dict(alpha=1.0)))
+
+
+def stubs(folder: Path, spread_data: Path, **lines: str) -> None:
+    """vdn_rlhf.py beside a dataset and siblings that train nothing."""
+    shutil.copy(ROOT / "vdn_rlhf.py", folder)
+    (folder / "runs/spread/diversified").mkdir(parents=True, exist_ok=True)
+    shutil.copy(spread_data, folder / "runs/spread/diversified")
+    for name, code in lines.items():
+        pid = f"open('{name}.tmp', 'w').write(str(os.getpid()))\nos.rename('{name}.tmp', '{name}.pid')\n"
+        (folder / f"{name}.py").write_text(f"import os, signal, sys, time\n{pid}{code}\n")
+
+
+def alive(pid_file: Path) -> bool:
+    try:
+        os.kill(int(pid_file.read_text()), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("death", "status", "message"),
+    [("sys.exit(7)", 7, ""), ("os.kill(os.getpid(), signal.SIGKILL)", 2, "error: train_bc.py: killed by signal 9\n")],
+)
+def test_a_model_that_fails_stops_the_other(death, status, message, spread_data, tmp_path):
+    failing = f"while not os.path.exists('train_reward.pid'): time.sleep(0.05)\n{death}"
+    stubs(tmp_path, spread_data, train_reward="time.sleep(60)", train_bc=failing)
+    done = run(tmp_path, "vdn_rlhf", "--device cpu")
+    assert done.returncode == status and done.stderr == message
+    assert not alive(tmp_path / "train_reward.pid")
+
+
+def test_a_terminated_pipeline_takes_its_children_along(spread_data, tmp_path):
+    stubs(tmp_path, spread_data, train_reward="time.sleep(60)", train_bc="time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "vdn_rlhf.py", "--device", "cpu"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    paths, deadline = [tmp_path / f"{name}.pid" for name in ("train_reward", "train_bc")], time.time() + 60
+    while not all(path.exists() for path in paths) and time.time() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert not any(alive(path) for path in paths)
 
 
 def test_models_of_another_dataset_are_not_reused(spread_data, tmp_path):

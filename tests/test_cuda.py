@@ -35,14 +35,14 @@ def test_pipeline_twice_is_bit_equal(network, tmp_path):
     assert reports[0]["charts/test_return"] == pytest.approx(reports[1]["charts/test_return"], abs=1e-3)
 
 
-def test_physics_equal_the_cpu():
-    game, generator = collect_data.make_game("spread"), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("game", [collect_data.spread(3, 3), collect_data.reference(), collect_data.tag(prey=None)])
+def test_physics_equal_the_cpu(game):
+    generator = torch.Generator().manual_seed(0)
     cpu, cuda = (collect_data.ParticleEnv(game, 256, device, torch.float64) for device in ("cpu", "cuda"))
     cpu.reset(generator)
-    state = [x.permute(2, 0, 1) for x in (cpu.positions, cpu.velocities, cpu.landmarks)]
-    cuda.set_state(*state)
+    cuda.set_state(*cpu.state())
     for _ in range(game.horizon):
-        actions = torch.randint(game.num_actions, (256, game.num_agents), generator=generator)
+        actions = torch.randint(game.num_actions, (256, len(game.body_sizes)), generator=generator)
         (a, reward_a), (b, reward_b) = cpu.step(actions), cuda.step(actions.cuda())
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-9)
         torch.testing.assert_close(reward_a, reward_b.cpu(), rtol=0, atol=1e-9)

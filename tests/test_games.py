@@ -1,6 +1,5 @@
 """The games beside spread: tag with its prey, reference, other counts of agents; from shipped policies to a learned one."""
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import benchmark.train_prey as train_prey
 import collect_data
 import evaluate
 import train_bc
@@ -120,7 +120,7 @@ def test_policies_of_other_games_and_counts(tmp_path):
 
 def test_dataset_of_another_count(spread_data, tmp_path):
     args = train_bc.Args(num_agents=5, num_landmarks=5, data_path=str(spread_data), bc_path=str(tmp_path / "bc.pt"))
-    with pytest.raises(train_bc.UserError, match="'meta' says it is of the game 'spread'; pass --env spread"):
+    with pytest.raises(train_bc.UserError, match="'meta' is of the game 'spread', not spread-5x5; pass that game's --env"):
         train_bc.main(args)
 
 
@@ -134,14 +134,15 @@ def test_whole_pipeline(env, counts, tmp_path, monkeypatch, capsys):
     collect_data.main(collect_data.Args(num_trajectories=2560, **common))
     train_reward.main(train_reward.Args(max_epochs=2, hidden_dim=32, **common))
     train_bc.main(train_bc.Args(max_epochs=2, hidden_dim=32, **common))
-    vdn_rlhf.main(dataclasses.replace(vdn_rlhf.Args(num_updates=150, hidden_dim=32, **common), learning_rate=1e-2))
+    vdn_rlhf.main(vdn_rlhf.Args(num_updates=400, hidden_dim=64, **common))
     name = "spread-5x5" if counts else env
     folder = tmp_path / "runs" / name / "diversified"
     for file in ("reward-alpha1-seed1.pt", "bc-seed1.pt", "vdn-beta1-alpha1-seed1.pt"):
         assert torch.load(folder / file, weights_only=True)["meta"]["env"] == name
-    network = build_network(AgentNetwork, "", load_checkpoint(folder / "bc-seed1.pt", ("bc",)), "cpu")
     game = make_game(name)
-    assert game.score(mean_return(game, network, 1024, 1, "cpu")) > 15
+    for file, kind in (("bc-seed1.pt", "bc"), ("vdn-beta1-alpha1-seed1.pt", "vdn")):
+        network = build_network(AgentNetwork, file, load_checkpoint(folder / file, (kind,)), "cpu")
+        assert game.metrics(mean_return(game, network, 1024, 1, "cpu"))["charts/score"] > 15
     table = capsys.readouterr().out
     assert all(f"| {row}" in table for row in ("random", "novice", "rookie", "BC, greedy", "VDN-RLHF, last", "expert"))
 
@@ -170,3 +171,52 @@ def test_deviators_are_rookies_and_novices_of_every_agent(tmp_path, monkeypatch)
         counts[agent] = torch.bincount(chosen[:, 0, agent], minlength=3)
     assert (counts[:, 0] == 0).all() and (counts[:, 1:] - 256 / 6).abs().max() <= 1
     assert (data["actions"][data["behavior"] == collect_data.ROOKIE] == 1).all()
+
+
+def test_counts_without_a_scale_have_no_score(capsys):
+    report = evaluate.main(evaluate.Args("random", env="spread", num_agents=2, num_episodes=64, device="cpu"))
+    assert report["env"] == "spread-2x2" and "charts/score" not in report
+    assert report["charts/test_return"] < 0 and "charts/score" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [collect_data, train_reward, train_bc, vdn_rlhf])
+def test_counts_have_one_spelling(module):
+    with pytest.raises(module.UserError, match="--env spread-5x5: pass --env spread with --num-agents and --num-landmarks"):
+        module.main(module.Args(env="spread-5x5", device="cpu"))
+
+
+def test_prey_of_other_sizes(tmp_path, monkeypatch):
+    (tmp_path / "policies/tag").mkdir(parents=True)
+    monkeypatch.setattr(collect_data, "__file__", str(tmp_path / "collect_data.py"))
+    shape = dict(observation_dim=16, num_agents=1, num_actions=5, horizon=25, hidden_dim=8)
+    path = tmp_path / "policies/tag/prey.pt"
+    collect_data.save_checkpoint(path, "prey", collect_data.Args(), {"network": shape}, AgentNetwork(**shape), {}, {})
+    with pytest.raises(collect_data.UserError, match=r"prey.pt: 'meta' has other sizes than the prey's 14 observations"):
+        make_game("tag")
+
+
+def test_generalised_advantages_against_a_loop():
+    rewards, values = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    measured = train_prey.gae(rewards, values, gamma=0.9, gae_lambda=0.7)
+    for n in range(3):
+        for t in range(6):
+            deltas = [rewards[n, k] + 0.9 * (values[n, k + 1] if k < 5 else 0) - values[n, k] for k in range(t, 6)]
+            expected = sum((0.9 * 0.7) ** i * delta for i, delta in enumerate(deltas))
+            assert measured[n, t].item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(("clip", "low", "high"), [(0.2, 1.2, 2.0), (100.0, 3.0, 4.0)])
+def test_ppo_prefers_what_paid(clip, low, high):
+    """One state, one step, one of five actions pays: its probability, 0.26 at first, rises until the clip stops it, and the
+    critic learns the mean reward."""
+    args, generator = train_prey.Args(num_epochs=40, hidden_dim=16, clip=clip), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    side = train_prey.Side(4, 1, 3, 1e-3, 0.0, args, "cpu")
+    observations, states = torch.ones(256, 1, 1, 4), torch.ones(256, 1, 3)
+    actions = torch.randint(5, (256, 1, 1), generator=generator)
+    rewards = (actions == 2).float().squeeze(-1)
+    probability = [side.log_probs(observations, actions)[0][actions == 2][0].exp().item()]
+    side.update(observations, actions, states, rewards, args, generator)
+    probability.append(side.log_probs(observations, actions)[0][actions == 2][0].exp().item())
+    assert low < probability[1] / probability[0] < high
+    assert side.critic(states).mean().item() == pytest.approx(rewards.mean().item(), abs=0.1)
