@@ -17,6 +17,10 @@ EPISODES = 2000
 RESULT = Path("benchmark/results/parity.md")
 
 
+def episode_returns(path: Path, backend: str) -> list[float]:
+    return evaluate.main(evaluate.Args(str(path), num_episodes=EPISODES, backend=backend))["episode_returns"]
+
+
 def main() -> None:
     lines = [
         f"Greedy returns of {EPISODES:,} paired episodes in the batched environment and in mpe2. Made by",
@@ -28,10 +32,7 @@ def main() -> None:
     for path in sorted(Path("policies").glob("*/*.pt")):
         if path.stem == "prey":  # plays in all three of tag
             continue
-        ours, theirs = (
-            torch.tensor(evaluate.main(evaluate.Args(str(path), num_episodes=EPISODES, backend=b))["episode_returns"])
-            for b in ("torch", "mpe2")
-        )
+        ours, theirs = (torch.tensor(episode_returns(path, backend), dtype=torch.float64) for backend in ("torch", "mpe2"))
         gap = (ours - theirs).abs()
         cells = f"{ours.mean():.3f} | {theirs.mean():.3f} | {gap.max():.1e} | {(gap > 1e-4).sum()}"
         lines.append(f"| {path.parent.name}/{path.stem} | {cells} |")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The numbers on simple_spread in the README: the learned policies over three seeds, MLP against GRU, the reward model's input
-# and its alpha. Finished runs are skipped, so that it can be stopped and started again. About 40 minutes of two cores.
+# and its alpha. Finished runs are skipped, so that it can be stopped and started again. Under an hour of two cores.
 #
 #   bash benchmark/spread.sh          everything, two processes at a time, logs in runs/logs/, then the tables
 #   bash benchmark/spread.sh tables   only the tables, into benchmark/results/spread.md
