@@ -50,6 +50,7 @@ def test_rookie_and_novice_are_on_the_way_to_the_expert(name):
     )
     novice, rookie, _ = ((value - random) / (returns[-1] - random) for value in returns)
     assert 0.1 < novice < rookie - 0.1 and 0.3 < rookie < 0.6
+    assert name != "spread" or -22 <= returns[1] <= -18
 
 
 class UniformPrey(torch.nn.Module):
