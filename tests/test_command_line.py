@@ -26,7 +26,7 @@ TINY = "--hidden-dim 16 --num-layers 2 --device cpu"
 def run(folder: Path, script: str, flags: str, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, f"{script}.py", *flags.split()]
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=clean | environment)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=clean | environment, timeout=120)
 
 
 def alone(folder: Path, script: str) -> Path:
@@ -135,14 +135,14 @@ def alive(pid_file: Path) -> bool:
 )
 def test_a_model_that_fails_stops_the_other(death, status, message, spread_data, tmp_path):
     failing = f"while not os.path.exists('train_reward.pid'): time.sleep(0.05)\n{death}"
-    stubs(tmp_path, spread_data, train_reward="time.sleep(60)", train_bc=failing)
+    stubs(tmp_path, spread_data, train_reward="time.sleep(600)", train_bc=failing)
     done = run(tmp_path, "vdn_rlhf", "--device cpu")
     assert done.returncode == status and done.stderr == message
     assert not alive(tmp_path / "train_reward.pid")
 
 
 def test_a_terminated_pipeline_takes_its_children_along(spread_data, tmp_path):
-    stubs(tmp_path, spread_data, train_reward="time.sleep(60)", train_bc="time.sleep(60)")
+    stubs(tmp_path, spread_data, train_reward="time.sleep(600)", train_bc="time.sleep(600)")
     process = subprocess.Popen([sys.executable, "vdn_rlhf.py", "--device", "cpu"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     paths, deadline = [tmp_path / f"{name}.pid" for name in ("train_reward", "train_bc")], time.time() + 60
     while not all(path.exists() for path in paths) and time.time() < deadline:
