@@ -128,7 +128,10 @@ class Args:
 
 
 PRESETS = {  # by game
-    "default": {"reference": dict(td_lambda=0.9, buffer_size=5_000, num_updates=40_000)},
+    "default": {
+        "reference": dict(td_lambda=0.9, buffer_size=5_000, num_updates=40_000),
+        "tag": dict(num_updates=30_000),
+    },
 }
 
 
@@ -448,6 +451,7 @@ def tag(prey: nn.Module | None) -> Game:
         **dict(name="tag", num_agents=3, num_landmarks=2, num_actions=5, observation_dim=16, prey=prey),
         **dict(observe=tag_observation, reward=tag_reward, landmark_size=0.2, landmark_range=0.9),
         **dict(body_sizes=(0.075,) * 3 + (0.05,), accelerations=(3.0,) * 3 + (4.0,), max_speeds=(1.0,) * 3 + (1.3,)),
+        **dict(low=0.69, high=16.05),  # against policies/tag/prey.pt
     )
 
 
@@ -548,6 +552,10 @@ class ParticleEnv:
         force = (self.moves[:, actions.T] * self.accelerations).transpose(0, 1)  # (bodies, 2, N)
         if self.has_contacts:
             force = force - self._contact_forces()
+        self._move(force)
+        return self.game.observe(self).permute(2, 0, 1).contiguous(), self.game.reward(self).T
+
+    def _move(self, force: torch.Tensor) -> None:
         self.positions = self.positions + self.velocities * self.dt
         self.velocities = self.velocities * (1 - self.damping) + force * self.dt
         if min(self.game.max_speeds) < float("inf"):
@@ -555,7 +563,6 @@ class ParticleEnv:
             speeds = (x * x + y * y).sqrt()  # (bodies, N)
             self.velocities = self.velocities * (self.max_speeds / speeds).clamp(max=1)[:, None]
         self._measure()
-        return self.game.observe(self).permute(2, 0, 1).contiguous(), self.game.reward(self).T
 
     def _contact_forces(self) -> torch.Tensor:
         """Towards what is touched, (bodies, 2, N): a softplus of the overlap, written so that neither exp overflows nor its
@@ -753,9 +760,6 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
     buffer |= dict(actions=torch.zeros(capacity, T, A, dtype=torch.uint8, device=device))
     buffer |= dict(rewards=torch.zeros(capacity, T, device=device))  # of the team: the sum over its agents
 
-    def measure(network) -> float:
-        return mean_return(game, network, TEST_EPISODES, args.seed + 10**6, device)
-
     start, history, checkpoints = 0, [], []  # history: [updates, return] of the checkpoint at the same place
     partial_path = folder / "training.pt"
     parts = dict(online=online, target=target, optimizer=optimizer)
@@ -819,22 +823,34 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
                 partial_path, kind="training", args=policy_args(args), meta=meta, state_dict=state, stats={}, metrics=metrics
             )
 
-    low, high = measure(None), measure(online)  # of the random policy, of the expert
+    save_policies("vdn", args, game, folder, online, shape, history, checkpoints, device)
+    partial_path.unlink(missing_ok=True)
+
+
+def save_policies(kind: str, args, game: Game, folder: Path, network, shape: dict, history, checkpoints, device) -> None:
+    """Write expert.pt, the last of a run's checkpoints, and the EARLY_CHECKPOINTS; history has [updates, return] of each."""
+
+    def measure(network) -> float:
+        return mean_return(game, network, TEST_EPISODES, args.seed + 10**6, device)
+
+    network.load_state_dict(checkpoints[-1])
+    low, high = measure(None), measure(network)  # of the random policy, of the expert
     chosen = {"expert": len(history) - 1}
     for name, share in EARLY_CHECKPOINTS.items():
         wanted = low + share * (high - low)
         chosen[name] = min(range(len(history)), key=lambda index: abs(history[index][1] - wanted))
     for name, index in chosen.items():
-        online.load_state_dict(checkpoints[index])
-        metrics = game.metrics(measure(online)) | {"updates": history[index][0]}
-        meta = dict(env=game.name, num_agents=A, num_landmarks=game.num_landmarks, network=shape)
+        network.load_state_dict(checkpoints[index])
+        metrics = game.metrics(measure(network)) | {"updates": history[index][0]}
+        meta = dict(env=game.name, num_agents=game.num_agents, num_landmarks=game.num_landmarks, network=shape)
         command = " ".join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else "collect_data.main"
         meta |= dict(command=command, seed=args.seed, torch=str(torch.__version__))
+        if game.prey is not None:
+            meta["sources"] = {"prey": hash_weights(game.prey, {})}
         history_metrics = {"history": history} if name == "expert" else {}
-        save_checkpoint(folder / f"{name}.pt", "vdn", args, meta, online, {}, metrics | history_metrics)
+        save_checkpoint(folder / f"{name}.pt", kind, args, meta, network, {}, metrics | history_metrics)
         value, updates = metrics["charts/test_return"], metrics["updates"]
         print(f"{folder / name}.pt: greedy return {value:.2f} (random policy {low:.2f}), after {updates} updates")
-    partial_path.unlink(missing_ok=True)
 
 
 def random_language(game: Game, seed: int, device) -> Callable:
@@ -960,10 +976,12 @@ def main(args: Args) -> None:
         raise UserError(f"{missing[0]}: no such file; --train-policies makes all of them anew, writing over the others")
     if missing or args.train_policies:
         print(f"training {', '.join(paths)} of {env_name} for {folder}", flush=True)
+        if env_name.startswith("spread-"):
+            print("with more than 3 agents benchmark/train_spread_experts.py makes better ones in minutes", flush=True)
         train_policies(args, game, folder, device)
     networks, hashes = {}, {}
     for policy, path in paths.items():
-        checkpoint = load_checkpoint(path, ("vdn",))
+        checkpoint = load_checkpoint(path, ("vdn", "pathwise"))
         networks[policy] = network = build_network(AgentNetwork, path, checkpoint, device)
         if checkpoint["meta"].get("env") != env_name:
             raise UserError(f"{path}: 'meta' says it plays {checkpoint['meta'].get('env')}, not {env_name}")

@@ -491,6 +491,7 @@ def tag(prey: nn.Module | None) -> Game:
         **dict(name="tag", num_agents=3, num_landmarks=2, num_actions=5, observation_dim=16, prey=prey),
         **dict(observe=tag_observation, reward=tag_reward, landmark_size=0.2, landmark_range=0.9),
         **dict(body_sizes=(0.075,) * 3 + (0.05,), accelerations=(3.0,) * 3 + (4.0,), max_speeds=(1.0,) * 3 + (1.3,)),
+        **dict(low=0.69, high=16.05),  # against policies/tag/prey.pt
     )
 
 
@@ -591,6 +592,10 @@ class ParticleEnv:
         force = (self.moves[:, actions.T] * self.accelerations).transpose(0, 1)  # (bodies, 2, N)
         if self.has_contacts:
             force = force - self._contact_forces()
+        self._move(force)
+        return self.game.observe(self).permute(2, 0, 1).contiguous(), self.game.reward(self).T
+
+    def _move(self, force: torch.Tensor) -> None:
         self.positions = self.positions + self.velocities * self.dt
         self.velocities = self.velocities * (1 - self.damping) + force * self.dt
         if min(self.game.max_speeds) < float("inf"):
@@ -598,7 +603,6 @@ class ParticleEnv:
             speeds = (x * x + y * y).sqrt()  # (bodies, N)
             self.velocities = self.velocities * (self.max_speeds / speeds).clamp(max=1)[:, None]
         self._measure()
-        return self.game.observe(self).permute(2, 0, 1).contiguous(), self.game.reward(self).T
 
     def _contact_forces(self) -> torch.Tensor:
         """Towards what is touched, (bodies, 2, N): a softplus of the overlap, written so that neither exp overflows nor its
