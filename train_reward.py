@@ -10,7 +10,7 @@ early stopping sees; the same ones of the early-stopping part are logged after e
     losses/nll                  mean negative log-likelihood per label; chance is 0.693
     losses/smoothness           L_MSE of Eq. (2) divided by max(Var(trajectory return), 1), as it enters Eq. (1)
     losses/loss                 Eq. (1): likelihood summed over agents plus alpha times the smoothness
-    reward/accuracy             share of labels that the model predicts
+    reward/accuracy             share of labels that the model predicts; a tie counts half
     reward/bayes_nll            the same two for the true return, which drew the labels: nothing can be
     reward/bayes_accuracy       better in expectation
     reward/standardized_mse     mean squared difference of predicted and true rewards, both standardised over all steps
@@ -482,7 +482,7 @@ def evaluate(model, data: dict, minibatches: list, alpha: float) -> dict[str, fl
         rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories])
         loss, nll, smoothness = reward_loss(rewards, pairs, labels, alpha)
         returns = rewards.sum(dim=1)
-        accuracy = (labels * (returns[pairs[:, 0]] - returns[pairs[:, 1]]) > 0).float().mean()
+        accuracy = 0.5 + 0.5 * (labels * (returns[pairs[:, 0]] - returns[pairs[:, 1]])).sign().mean()
         totals += torch.stack([loss, nll, smoothness, accuracy]).cpu() * len(pairs)
         num_pairs += len(pairs)
     names = ("losses/loss", "losses/nll", "losses/smoothness", "reward/accuracy")
@@ -517,7 +517,7 @@ def compare_with_truth(model, data: dict, minibatches: list, meta: dict) -> dict
             pairs = pairs.cpu()
             logits.append(labels.cpu() * steepness * (returns[pairs[:, 0]] - returns[pairs[:, 1]]))
         metrics["reward/bayes_nll"] = -F.logsigmoid(torch.cat(logits)).mean().item()
-        metrics["reward/bayes_accuracy"] = (torch.cat(logits) > 0).double().mean().item()
+        metrics["reward/bayes_accuracy"] = 0.5 + 0.5 * torch.cat(logits).sign().mean().item()
     return metrics
 
 

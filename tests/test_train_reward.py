@@ -175,3 +175,15 @@ def test_odd_label_statistics_only_skip_the_bayes_figures(meta, made_up_data, tm
     np.savez(made_up_data, **arrays)
     train_reward.main(Args(env="made-up", data_path=str(made_up_data), reward_path=str(tmp_path / "reward.pt"), **SMALL))
     assert "Bayes likelihood and accuracy skipped" in capsys.readouterr().out
+
+
+def test_a_tie_counts_half(made_up_data, tmp_path):
+    """In tag many trajectories have no touch at all: true returns that are equal tell nothing, and count as a coin toss."""
+    arrays = made_up_arrays(num_trajectories=120, num_pairs=800)
+    known = dict(return_mean=[0.0] * 4, return_std=[1.0] * 4, steepness=5.0)
+    arrays["meta"] = np.array(json.dumps(json.loads(str(arrays["meta"])) | known))
+    np.savez(made_up_data, **arrays | {"true_rewards": np.zeros_like(arrays["true_rewards"])})
+    path = tmp_path / "reward.pt"
+    train_reward.main(Args(env="made-up", data_path=str(made_up_data), reward_path=str(path), **SMALL))
+    metrics = read(path)["metrics"]
+    assert metrics["reward/bayes_accuracy"] == 0.5 and metrics["reward/bayes_nll"] == pytest.approx(np.log(2))
