@@ -189,9 +189,10 @@ def set_up(args) -> torch.device:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
         if type(value) is float and not 0 <= value < float("inf"):
             raise UserError(f"{flag}: must be a finite number and not negative")
-        if name in ("learning_rate", "max_grad_norm") and value == 0:
+        if name in ("learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth") and value == 0:
             raise UserError(f"{flag}: must be above 0")
-        if name in ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate") and value > 1:
+        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
+        if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -230,6 +231,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -843,7 +845,7 @@ def save_policies(kind: str, args, game: Game, folder: Path, network, shape: dic
         network.load_state_dict(checkpoints[index])
         metrics = game.metrics(measure(network)) | {"updates": history[index][0]}
         meta = dict(env=game.name, num_agents=game.num_agents, num_landmarks=game.num_landmarks, network=shape)
-        command = " ".join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else "collect_data.main"
+        command = " ".join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else "called from Python"
         meta |= dict(command=command, seed=args.seed, torch=str(torch.__version__))
         if game.prey is not None:
             meta["sources"] = {"prey": hash_weights(game.prey, {})}
@@ -975,8 +977,10 @@ def main(args: Args) -> None:
     if missing and len(missing) < len(paths) and not args.train_policies:
         raise UserError(f"{missing[0]}: no such file; --train-policies makes all of them anew, writing over the others")
     if missing or args.train_policies:
+        if paths["expert"].exists() and load_checkpoint(paths["expert"], ("vdn", "pathwise"))["kind"] == "pathwise":
+            raise UserError(f"{paths['expert']}: made by benchmark/train_spread_experts.py; delete it to train by online VDN")
         print(f"training {', '.join(paths)} of {env_name} for {folder}", flush=True)
-        if env_name.startswith("spread-"):
+        if env_name.startswith("spread-") and game.num_agents > 3:
             print("with more than 3 agents benchmark/train_spread_experts.py makes better ones in minutes", flush=True)
         train_policies(args, game, folder, device)
     networks, hashes = {}, {}
@@ -987,8 +991,10 @@ def main(args: Args) -> None:
             raise UserError(f"{path}: 'meta' says it plays {checkpoint['meta'].get('env')}, not {env_name}")
         find_game(path, env_name, (network.num_agents, network.observation_dim, network.num_actions, network.horizon))
         hashes[policy] = hash_weights(network, {})
-    if game.prey is not None:
-        hashes["prey"] = hash_weights(game.prey, {})
+        if game.prey is not None:
+            hashes["prey"] = hash_weights(game.prey, {})
+            if checkpoint["meta"].get("sources", {}).get("prey") != hashes["prey"]:
+                raise UserError(f"{path}: learned against another prey; --train-policies makes expert, rookie and novice anew")
     if data_path.exists():
         stored = read_meta(data_path)
         check_same_args(data_path, stored, dataset_args(args) | {"env": env_name}, "choose another --data-path or delete it")

@@ -178,9 +178,10 @@ def set_up(args) -> torch.device:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
         if type(value) is float and not 0 <= value < float("inf"):
             raise UserError(f"{flag}: must be a finite number and not negative")
-        if name in ("learning_rate", "max_grad_norm") and value == 0:
+        if name in ("learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth") and value == 0:
             raise UserError(f"{flag}: must be above 0")
-        if name in ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate") and value > 1:
+        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
+        if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -219,6 +220,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 

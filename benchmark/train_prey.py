@@ -1,12 +1,14 @@
 """Train the prey that the tag experiments are played against (B.2: "a MAPPO pretrained policy"). The prey learns by MAPPO (Yu
 et al., 2022): its actor sees what the prey sees, its centralised critic what all bodies see and the time step; both are fitted
 by PPO with a clipped surrogate objective and generalised advantage estimation. At the same time three adversaries learn to
-catch it by online VDN, as the experts of collect_data.py do: hunters that learn by MAPPO too stay a third weaker, and a prey
-that has only met those is easier for the expert than one that moves at random. Writes policies/tag/prey.pt, the actor alone.
+catch it by online VDN, as the experts of collect_data.py do. Writes policies/tag/prey.pt, the actor alone.
+
+Deviation from the paper: its hunters are not described. MAPPO hunters stayed a third weaker than the expert, which then earned
+more against a prey that had only met those than against one that moves at random.
 
 Usage: python benchmark/train_prey.py        (from the repository root)
 
-Logged metrics (stdout and `history` in the file), means over episodes:
+Logged metrics (progress bar, and `history` in the file after the number of rollouts), means over episodes:
     adversary_return    undiscounted return of an adversary, exploration included
     prey_return         undiscounted return of the prey: -10 for every touch, and a penalty for leaving the arena
     random_return       what uniformly random adversaries get against the prey
@@ -26,7 +28,9 @@ from tqdm import tqdm
 from collect_data import (
     AgentNetwork,
     ParticleEnv,
-    check_replaceable,
+    UserError,
+    check_same_args,
+    load_checkpoint,
     make_actor,
     mean_return,
     prey_observation,
@@ -40,8 +44,8 @@ from collect_data import (
 
 @dataclass
 class Args:
-    prey_path: str = "policies/tag/prey.pt"
-    """where to write"""
+    prey_path: str = ""
+    """where to write, instead of policies/tag/prey.pt beside the scripts"""
     seed: int = 1
     """fixes everything"""
     num_iterations: int = 3000
@@ -176,7 +180,12 @@ def play(env: ParticleEnv, hunt, flee, generator) -> dict[str, torch.Tensor]:
 
 def main(args: Args) -> None:
     device = set_up(args)
-    check_replaceable(args.prey_path, "prey", args, {})
+    if args.buffer_size % args.num_envs:
+        raise UserError(f"--buffer-size {args.buffer_size}: must be a multiple of --num-envs {args.num_envs}")
+    path = Path(args.prey_path or Path(__file__).parent.parent / "policies" / "tag" / "prey.pt")
+    if path.exists():
+        stored = load_checkpoint(path, ("prey",))["args"]
+        check_same_args(path, stored, vars(args), "choose another --prey-path or delete it")
     generator = torch.Generator(device).manual_seed(args.seed)
     game = tag(prey=None)
     env, history, T, N = ParticleEnv(game, args.num_envs, device), [], game.horizon, args.num_envs
@@ -185,10 +194,9 @@ def main(args: Args) -> None:
     online = AgentNetwork(**shape).to(device)
     target = copy.deepcopy(online).requires_grad_(False)
     optimizer = torch.optim.Adam(online.parameters(), lr=args.learning_rate)
-    capacity = max(args.buffer_size // N, 1) * N
-    buffer = dict(observations=torch.zeros(capacity, T + 1, 3, 16, device=device))
-    buffer |= dict(actions=torch.zeros(capacity, T, 3, dtype=torch.uint8, device=device))
-    buffer |= dict(rewards=torch.zeros(capacity, T, device=device))
+    buffer = dict(observations=torch.zeros(args.buffer_size, T + 1, 3, 16, device=device))
+    buffer |= dict(actions=torch.zeros(args.buffer_size, T, 3, dtype=torch.uint8, device=device))
+    buffer |= dict(rewards=torch.zeros(args.buffer_size, T, device=device))
 
     progress = tqdm(range(args.num_iterations), desc="prey and hunters on tag", unit="rollout", mininterval=1)
     for i in progress:
@@ -198,12 +206,13 @@ def main(args: Args) -> None:
         epsilon = 1 - min(i / args.exploration_iterations, 1) * (1 - args.final_epsilon)
         hunt = make_actor(online, 5, generator, epsilon=epsilon)
         data = play(env, hunt, make_actor(prey.actor, 5, generator, sample=True), generator)
-        start = i * N % capacity
+        start = i * N % args.buffer_size
         buffer["observations"][start : start + N] = data["observations"]
         buffer["actions"][start : start + N] = data["actions"][:, :, :3].to(torch.uint8)
         buffer["rewards"][start : start + N] = 3 * data["rewards"]  # of the team
         for _ in range(args.updates_per_rollout):
-            batch = torch.randint(min((i + 1) * N, capacity), (args.batch_size,), generator=generator, device=device)
+            filled = min((i + 1) * N, args.buffer_size)
+            batch = torch.randint(filled, (args.batch_size,), generator=generator, device=device)
             episodes = buffer["observations"][batch], buffer["actions"][batch].long(), buffer["rewards"][batch]
             loss = vdn_loss(online, target, *episodes, args.gamma, args.td_lambda)
             optimizer.zero_grad()
@@ -223,9 +232,11 @@ def main(args: Args) -> None:
             progress.set_postfix(adversary=f"{means[0]:.1f}", prey=f"{means[1]:.1f}", random=f"{random_return:.2f}")
     names = ("adversary_return", "prey_return", "random_return")
     metrics = dict(zip(names, history[-1][1:], strict=True)) | {"history": history}
-    meta = dict(env="tag", network=prey.shape, command=" ".join(["python", *sys.argv]), torch=str(torch.__version__))
-    save_checkpoint(args.prey_path, "prey", args, meta, prey.actor, {}, metrics)
-    print(f"{args.prey_path}: " + ", ".join(f"{name} {metrics[name]:.2f}" for name in names))
+    meta = dict(
+        env="tag", network=prey.shape, seed=args.seed, command=" ".join(["python", *sys.argv]), torch=str(torch.__version__)
+    )
+    save_checkpoint(path, "prey", args, meta, prey.actor, {}, metrics)
+    print(f"{path}: " + ", ".join(f"{name} {metrics[name]:.2f}" for name in names))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 from a good expert: with 5 agents and 5 landmarks at -24 after 14,000 updates. Here the gradient of the return with respect to
 the weights is taken through the simulator itself (pathwise derivatives over whole episodes: SVG(infinity), Heess et al., 2015),
 which leaves no value function to learn; actions are drawn by the straight-through Gumbel-softmax (Jang et al., 2017): a
-discrete action forward, its probabilities backward. Writes policies/<game>/{expert,rookie,novice}.pt.
+discrete action forward, its probabilities backward. Writes policies/<game>/{expert,rookie,novice}.pt, of kind "pathwise".
 
 Usage: python benchmark/train_spread_experts.py --num-agents 5 --num-landmarks 5        (from the repository root)
 
-Logged metrics (stdout and `history` in the expert's file):
-    charts/test_return  mean over agents of the undiscounted greedy return, fresh episodes
-    losses/loss         minus the mean over agents of the return, touches counted by their depth
+Progress bar: the mean over agents of the undiscounted greedy return of fresh episodes (also `history` in the expert's file,
+after the number of updates), and the loss, minus the mean over agents of the return with touches counted by their depth.
 """
 
 import copy
@@ -28,7 +27,6 @@ from collect_data import (
     Game,
     ParticleEnv,
     UserError,
-    check_replaceable,
     check_same_args,
     load_checkpoint,
     mean_return,
@@ -48,8 +46,8 @@ class Args:
     """landmarks"""
     seed: int = 1
     """fixes everything"""
-    policies_path: str = "policies"
-    """folder in which <game>/{expert,rookie,novice}.pt are written"""
+    policies_path: str = ""
+    """folder of <game>/{expert,rookie,novice}.pt, instead of policies/ beside the scripts"""
     num_updates: int = 3_000
     """gradient steps"""
     num_envs: int = 128
@@ -158,8 +156,11 @@ def train(args: Args, game: Game, folder: Path, device: torch.device) -> None:
 def main(args: Args) -> None:
     device = set_up(args)
     game = spread(args.num_agents, args.num_landmarks)
-    folder = Path(args.policies_path) / game.name
-    check_replaceable(folder / "expert.pt", "pathwise", args, {})
+    folder = Path(args.policies_path or Path(__file__).parent.parent / "policies") / game.name
+    path = folder / "expert.pt"
+    if path.exists():
+        stored = load_checkpoint(path, ("pathwise",))["args"]
+        check_same_args(path, stored, vars(args), "choose another --policies-path or delete it")
     train(args, game, folder, device)
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 import benchmark.train_prey as train_prey
+import benchmark.train_spread_experts as train_spread_experts
 import collect_data
 import evaluate
 import train_bc
@@ -113,6 +114,41 @@ def test_policies_of_other_games_and_counts(tmp_path):
     torch.save(checkpoint | {"meta": checkpoint["meta"] | {"env": "spread-4x3"}}, tmp_path / "lies.pt")
     with pytest.raises(evaluate.UserError, match=r"\(agents, observation size, actions, steps\) are .* but spread-4x3 has"):
         evaluate.main(evaluate.Args(str(tmp_path / "lies.pt"), device="cpu"))
+
+
+def test_policies_that_learned_against_another_prey(tmp_path):
+    shutil.copytree(POLICIES / "tag", tmp_path / "tag")
+    checkpoint = torch.load(tmp_path / "tag" / "rookie.pt", weights_only=True)
+    checkpoint["meta"]["sources"]["prey"] = "0" * 16
+    torch.save(checkpoint, tmp_path / "tag" / "rookie.pt")
+    args = collect_data.Args(env="tag", policies_path=str(tmp_path), data_path=str(tmp_path / "dataset.npz"), device="cpu")
+    with pytest.raises(collect_data.UserError, match=r"rookie.pt: learned against another prey; --train-policies"):
+        collect_data.main(args)
+    assert not (tmp_path / "dataset.npz").exists()
+
+
+def test_online_vdn_does_not_write_over_better_experts(tmp_path):
+    shutil.copytree(POLICIES / "spread-5x5", tmp_path / "spread-5x5")
+    before = (tmp_path / "spread-5x5" / "expert.pt").read_bytes()
+    args = collect_data.Args(num_agents=5, num_landmarks=5, policies_path=str(tmp_path), train_policies=True, device="cpu")
+    with pytest.raises(collect_data.UserError, match=r"expert.pt: made by benchmark/train_spread_experts.py; delete it"):
+        collect_data.main(args)
+    assert (tmp_path / "spread-5x5" / "expert.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("trainer", "flag", "value", "message"),
+    [
+        (train_spread_experts, "num_agents", 0, "--num-agents 0: must be at least 1"),
+        (train_spread_experts, "touch_depth", 0.0, "--touch-depth 0.0: must be above 0"),
+        (train_spread_experts, "feedback", 3.0, "--feedback 3.0: must be at most 1"),
+        (train_prey, "prey_learning_rate", 0.0, "--prey-learning-rate 0.0: must be above 0"),
+        (train_prey, "buffer_size", 1000, "--buffer-size 1000: must be a multiple of --num-envs 256"),
+    ],
+)
+def test_flags_of_the_trainers_in_benchmark(trainer, flag, value, message):
+    with pytest.raises(collect_data.UserError, match=message):
+        trainer.main(trainer.Args(device="cpu", **{flag: value}))
 
 
 def test_dataset_of_another_count(spread_data, tmp_path):
