@@ -55,6 +55,7 @@ MIXTURES = {  # Table 1: parts of expert, unilateral, rookie, trivial
 EARLY_CHECKPOINTS = {"rookie": 0.4, "novice": 0.2}
 EXPERT, UNILATERAL, ROOKIE, TRIVIAL = range(4)  # the values of `behavior` in the dataset
 BLOCK_SIZE = 256
+HISTORY_EPISODES = 1024  # behind every return measured while policies train
 ENVIRONMENTS_AT_ONCE = 3840  # per rollout while collecting; bounds the memory (another value: other random numbers)
 
 
@@ -811,7 +812,7 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
         updates = (i + 1) * args.updates_per_rollout
         early = i < num_rollouts // 100  # where most changes, rookies and novices come from
         if (i + 1) % (max(eval_every // 10, 1) if early else eval_every) == 0 or i + 1 == num_rollouts:
-            test_return = mean_return(game, online, 1024, args.seed + 1000 + i, device)
+            test_return = mean_return(game, online, HISTORY_EPISODES, args.seed + 1000 + i, device)
             log(game.metrics(test_return) | {"losses/td_loss": loss.item()}, updates)
             history.append([updates, test_return])
             checkpoints.append(copy.deepcopy(online.state_dict()))

@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from collect_data import (
+    HISTORY_EPISODES,
     AgentNetwork,
     Game,
     ParticleEnv,
@@ -141,7 +142,7 @@ def train(args: Args, game: Game, folder: Path, device: torch.device) -> None:
 
         early = i < args.num_updates // 100  # where most changes, rookies and novices come from
         if (i + 1) % (max(eval_every // 10, 1) if early else eval_every) == 0 or i + 1 == args.num_updates:
-            test_return = mean_return(game, network, 1024, args.seed + 1000 + i, device)
+            test_return = mean_return(game, network, HISTORY_EPISODES, args.seed + 1000 + i, device)
             history.append([i + 1, test_return])
             checkpoints.append(copy.deepcopy(network.state_dict()))
             progress.set_postfix({"return": f"{test_return:.2f}", "loss": f"{loss.item():.2f}"})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import benchmark.train_spread_experts as train_spread_experts
 import collect_data
 import train_bc
 import vdn_rlhf
@@ -23,6 +24,8 @@ torch.set_num_threads(1)
 def fewer_test_episodes():
     for module in (collect_data, train_bc, vdn_rlhf):
         module.TEST_EPISODES = 512
+    for module in (collect_data, train_spread_experts):
+        module.HISTORY_EPISODES = 128
 
 
 @pytest.fixture(scope="session")

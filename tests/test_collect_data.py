@@ -175,14 +175,14 @@ def test_online_vdn_learns(network, tmp_path):
 
 def test_interrupted_policy_training_goes_on(tmp_path, monkeypatch):
     """Stopped in mid-run and started again, it ends with the weights of the run that was not stopped."""
-    small = dict(env="reference", num_trajectories=256, num_updates=160, num_envs=16, hidden_dim=16, num_layers=2, device="cpu")
+    small = dict(env="reference", num_trajectories=256, num_updates=80, num_envs=16, hidden_dim=16, num_layers=2, device="cpu")
     args = [Args(policies_path=str(tmp_path / n), data_path=str(tmp_path / n / "dataset.npz"), **small) for n in "ab"]
     collect_data.main(args[0])
     save_content = collect_data.save_content
 
     def save_and_die(path, **content):
         save_content(path, **content)
-        if content["kind"] == "training" and content["metrics"]["rollouts"] >= 20:
+        if content["kind"] == "training" and content["metrics"]["rollouts"] >= 10:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(collect_data, "save_content", save_and_die)
