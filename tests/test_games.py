@@ -267,11 +267,23 @@ def test_ppo_prefers_what_paid(clip, low, high):
     assert prey.critic(states).mean().item() == pytest.approx(rewards.mean().item(), abs=0.1)
 
 
-def test_prey_and_hunters_learn(tmp_path, capsys):
-    """A few rollouts: the prey learns to stay where it costs nothing, and the file is what tag loads."""
+def test_prey_and_hunters_learn(tmp_path, capsys, monkeypatch):
+    """A few rollouts: the prey learns to stay where it costs nothing, and the file is what tag loads. The hunters, too weak yet
+    for a figure, are updated on the team's rewards: 30 for every touch."""
+    team_rewards, weights, vdn_loss = [], [], train_prey.vdn_loss
+
+    def spy(online, target, observations, actions, rewards, *others):
+        team_rewards.append(rewards)
+        weights.append(online.head.weight.detach().clone())
+        return vdn_loss(online, target, observations, actions, rewards, *others)
+
+    monkeypatch.setattr(train_prey, "vdn_loss", spy)
     path = tmp_path / "prey.pt"
     args = train_prey.Args(str(path), num_iterations=20, num_envs=64, hidden_dim=32, exploration_iterations=10, device="cpu")
     train_prey.main(args)
+    team_rewards = torch.cat(team_rewards)
+    assert (team_rewards % 30 == 0).all() and (team_rewards >= 0).all() and team_rewards.max() > 0
+    assert len(weights) == 80 and not torch.equal(weights[0], weights[-1])
     checkpoint = load_checkpoint(path, ("prey",))
     prey = build_network(AgentNetwork, path, checkpoint, "cpu")
     assert (prey.observation_dim, prey.num_agents, prey.num_actions) == (14, 1, 5)

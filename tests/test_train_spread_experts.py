@@ -50,6 +50,27 @@ def test_derivative_of_the_cost_is_that_of_finite_differences():
             assert gradient[0, agent, action].item() == pytest.approx(difference, abs=1e-6)
 
 
+@pytest.mark.parametrize("feedback", [0.0, 0.25])
+def test_share_of_the_gradient_through_what_agents_see(feedback):
+    """What the agents see in the second step depends on the logits of the first, by the whole or a share of the derivative."""
+
+    def derivative(share):
+        logits, inputs = torch.zeros(3, 5, requires_grad=True), []
+
+        def network(observations, step):
+            inputs.append(observations)
+            return logits.expand(8, 1, 3, 5), None
+
+        env = DifferentiableSpread(make_game("spread"), 8)
+        experts.loss_of_episodes(env, network, share, 0.1, torch.Generator().manual_seed(0))
+        velocities = inputs[1][..., :2].square().sum()
+        return torch.autograd.grad(velocities, logits, allow_unused=True, materialize_grads=True)[0]
+
+    whole = derivative(1.0)
+    assert whole.abs().max() > 1e-3
+    assert torch.allclose(derivative(feedback), feedback * whole, atol=1e-6)
+
+
 def test_learns_within_seconds(tmp_path):
     args = Args(num_agents=2, num_landmarks=2, policies_path=str(tmp_path), num_updates=80, num_envs=64, hidden_dim=64)
     args.device = "cpu"
