@@ -183,14 +183,17 @@ def set_up(args) -> torch.device:
     choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        low = 0 if name == "seed" else 1
+        low = 0 if name in ("seed", "imitation_updates") else 1
         if name in choices and value not in choices[name]:
             raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
         if type(value) is int and not low <= value < 2**31:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
         if type(value) is float and not 0 <= value < float("inf"):
             raise UserError(f"{flag}: must be a finite number and not negative")
-        if name in ("learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth") and value == 0:
+        if (
+            name in ("learning_rate", "imitation_learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth")
+            and value == 0
+        ):
             raise UserError(f"{flag}: must be above 0")
         shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
         if name in shares and value > 1:
@@ -208,6 +211,12 @@ def set_up(args) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     return device
+
+
+def mixed_precision(enabled: bool, device: torch.device):
+    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
+    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
@@ -596,7 +605,9 @@ class ParticleEnv:
 # Origin: vdn_rlhf.py. The network of every policy in this project: Q-values of VDN, action logits of imitation learning.
 class AgentNetwork(nn.Module):
     """One network for all agents, told apart by a one-hot id. With an MLP its policy is Markov in observation and step, like
-    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far."""
+    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far.
+
+    With num_modes > 1 it is a mixture of policies: its output is log pi(a | o_i) = log sum_z w_z pi_z(a | o_i)."""
 
     def __init__(
         self,
@@ -609,6 +620,7 @@ class AgentNetwork(nn.Module):
         num_layers=3,
         time_input=True,
         num_words=0,
+        num_modes=1,
     ):
         super().__init__()
         input_dim = observation_dim + num_agents + time_input
@@ -621,14 +633,32 @@ class AgentNetwork(nn.Module):
             self.body = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
         else:
             raise UserError(f"--network {network}: unknown, choose mlp or gru")
-        self.head = nn.Linear(hidden_dim, num_words + num_actions // num_words if num_words else num_actions)
+        num_outputs = num_words + num_actions // num_words if num_words else num_actions
+        self.head = nn.Linear(hidden_dim, num_modes * num_outputs)
+        if num_modes > 1:
+            self.mode_logits = nn.Parameter(torch.zeros(num_modes))  # w is their softmax
         self.network, self.observation_dim, self.num_agents = network, observation_dim, num_agents
-        self.num_actions, self.horizon, self.time_input, self.num_words = num_actions, horizon, time_input, num_words
+        self.num_actions, self.horizon, self.time_input = num_actions, horizon, time_input
+        self.num_words, self.num_modes = num_words, num_modes
 
     def forward(self, observations, first_step=0, memory=None):
         """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
 
         `memory` is the GRU's state after the steps before first_step, None at the start of an episode."""
+        if self.num_modes == 1:
+            return self._outputs(observations, first_step, memory)
+        outputs, memory = self._outputs(observations, first_step, memory)
+        log_probs = outputs.unflatten(-1, (self.num_modes, self.num_actions)).log_softmax(dim=-1)  # (B, T, A, num_modes, ...)
+        return (log_probs + self.mode_logits.log_softmax(dim=0)[:, None]).logsumexp(dim=-2), memory
+
+    def log_joint(self, observations, actions):
+        """log p(z, tau_i) of whole trajectories, but for what the game adds to it: log w_z + sum_t log pi_z(a_i,t | o_i,t),
+        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A)."""
+        outputs, _ = self._outputs(observations, 0, None)
+        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=1)
+        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=0)
+
+    def _outputs(self, observations, first_step, memory):
         B, T, A, _ = observations.shape
         ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
         x = torch.cat([observations, ids], dim=-1)
@@ -636,18 +666,25 @@ class AgentNetwork(nn.Module):
             steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
             x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
         if self.network == "mlp":
-            return self._outputs(self.body(x)), None
+            return self._head(self.body(x)), None
         x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
         x, memory = self.body(x, memory)
-        return self._outputs(x.unflatten(0, (B, A)).transpose(1, 2)), memory
+        return self._head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
 
-    def _outputs(self, x):
+    def _head(self, x):
         """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
         outputs = self.head(x)
         if self.num_words:
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs  # bfloat16: under mixed_precision
+
+
+def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Log-probability of actions under logits (..., num_actions); the leading dimensions broadcast."""
+    log_probs = logits.log_softmax(dim=-1)
+    index = actions.long()[..., None].expand(*logits.shape[:-1], 1)
+    return log_probs.gather(-1, index).squeeze(-1)
 
 
 # --- end shared block ---
@@ -712,30 +749,40 @@ def mean_return(game, network, num_episodes: int, seed: int, device, sample=Fals
 
 # --- shared block: vdn ---
 # Origin: vdn_rlhf.py. Value decomposition: the team's Q is the sum of the agents' (Sunehag et al., 2017).
-def td_lambda_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, td_lambda: float) -> torch.Tensor:
-    """Targets G_t = r_t + gamma * ((1 - lambda) * V_{t+1} + lambda * G_{t+1}) with V_T = G_T = 0: the game ends after step T,
-    so nothing is bootstrapped past it. (B, T) and (B, T) -> (B, T); next_values[:, t] is V_{t+1}, its last column is ignored.
+def td_lambda_targets(rewards, values, baselines, gamma: float, td_lambda: float) -> torch.Tensor:
+    """Targets G_t = r_t + gamma * (V_{t+1} + lambda * (G_{t+1} - B_{t+1})), all (B, T), with V_T = B_T = G_T = 0: the game ends
+    after step T, so nothing is bootstrapped past it.
 
-    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (1 - lambda) * V_{k+1}): one matrix product."""
+    With baselines B = V this is TD(lambda), G_t = r_t + gamma * ((1 - lambda) * V_{t+1} + lambda * G_{t+1}), which charges
+    an action with the later mistakes of the behavior. With B_t = Q_t(a_t) these are taken out again: Q(lambda) with
+    off-policy corrections (Harutyunyan et al., 2016).
+
+    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (V_{k+1} - lambda * B_{k+1})): one product."""
     T = rewards.shape[1]
     steps = torch.arange(T, device=rewards.device)
     lag = steps[:, None] - steps[None, :]  # (k, t)
     decay = torch.where(lag >= 0, (gamma * td_lambda) ** lag.clamp(min=0).to(rewards.dtype), 0)
-    bootstrap = gamma * (1 - td_lambda) * next_values * (steps < T - 1)
-    return (rewards + bootstrap) @ decay
+    bootstrap = F.pad((values - td_lambda * baselines)[:, 1:], (0, 1))
+    return (rewards + gamma * bootstrap) @ decay
 
 
-def vdn_loss(online, target, observations, actions, rewards, gamma: float, td_lambda: float) -> torch.Tensor:
+def vdn_loss(
+    online, target, observations, actions, rewards, gamma: float, td_lambda: float, off_policy=False, known_values=0.0
+) -> torch.Tensor:
     """Mean squared TD error of Q_tot = sum_i Q_i over whole episodes. observations (B, T + 1, A, D), actions (B, T, A),
-    team rewards (B, T). Double Q-learning: the online network chooses the next action, the target network values it."""
-    q_values, _ = online(observations[:, :-1])  # (B, T, A, num_actions); the step T + 1 is never needed
+    team rewards (B, T). Double Q-learning: the online network chooses the next action, the target network values it.
+
+    known_values (B, T, A, num_actions) are a part of the Q-values that the networks need not learn. off_policy: correct
+    the targets for actions of the behavior that are not greedy."""
+    q_values = online(observations[:, :-1])[0] + known_values  # (B, T, A, num_actions); the step T + 1 is never needed
     q_chosen = q_values.gather(-1, actions[..., None]).squeeze(-1).sum(dim=-1)  # (B, T)
     with torch.no_grad():
-        target_q_values, _ = target(observations[:, :-1])
+        target_q_values = target(observations[:, :-1])[0] + known_values
         greedy = q_values.argmax(dim=-1, keepdim=True)
         values = target_q_values.gather(-1, greedy).squeeze(-1).sum(dim=-1)  # (B, T): V_0 .. V_{T-1}
-        next_values = F.pad(values[:, 1:], (0, 1))  # V_1 .. V_{T-1}, V_T = 0
-        targets = td_lambda_targets(rewards, next_values, gamma, td_lambda)
+        chosen_values = target_q_values.gather(-1, actions[..., None]).squeeze(-1).sum(dim=-1)  # (B, T)
+        baselines = chosen_values if off_policy else values
+        targets = td_lambda_targets(rewards, values, baselines, gamma, td_lambda)
     return F.mse_loss(q_chosen, targets)
 
 

@@ -112,14 +112,17 @@ def set_up(args) -> torch.device:
     choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        low = 0 if name == "seed" else 1
+        low = 0 if name in ("seed", "imitation_updates") else 1
         if name in choices and value not in choices[name]:
             raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
         if type(value) is int and not low <= value < 2**31:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
         if type(value) is float and not 0 <= value < float("inf"):
             raise UserError(f"{flag}: must be a finite number and not negative")
-        if name in ("learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth") and value == 0:
+        if (
+            name in ("learning_rate", "imitation_learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth")
+            and value == 0
+        ):
             raise UserError(f"{flag}: must be above 0")
         shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
         if name in shares and value > 1:
@@ -137,6 +140,12 @@ def set_up(args) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     return device
+
+
+def mixed_precision(enabled: bool, device: torch.device):
+    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
+    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
@@ -525,7 +534,9 @@ class ParticleEnv:
 # Origin: vdn_rlhf.py. The network of every policy in this project: Q-values of VDN, action logits of imitation learning.
 class AgentNetwork(nn.Module):
     """One network for all agents, told apart by a one-hot id. With an MLP its policy is Markov in observation and step, like
-    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far."""
+    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far.
+
+    With num_modes > 1 it is a mixture of policies: its output is log pi(a | o_i) = log sum_z w_z pi_z(a | o_i)."""
 
     def __init__(
         self,
@@ -538,6 +549,7 @@ class AgentNetwork(nn.Module):
         num_layers=3,
         time_input=True,
         num_words=0,
+        num_modes=1,
     ):
         super().__init__()
         input_dim = observation_dim + num_agents + time_input
@@ -550,14 +562,32 @@ class AgentNetwork(nn.Module):
             self.body = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
         else:
             raise UserError(f"--network {network}: unknown, choose mlp or gru")
-        self.head = nn.Linear(hidden_dim, num_words + num_actions // num_words if num_words else num_actions)
+        num_outputs = num_words + num_actions // num_words if num_words else num_actions
+        self.head = nn.Linear(hidden_dim, num_modes * num_outputs)
+        if num_modes > 1:
+            self.mode_logits = nn.Parameter(torch.zeros(num_modes))  # w is their softmax
         self.network, self.observation_dim, self.num_agents = network, observation_dim, num_agents
-        self.num_actions, self.horizon, self.time_input, self.num_words = num_actions, horizon, time_input, num_words
+        self.num_actions, self.horizon, self.time_input = num_actions, horizon, time_input
+        self.num_words, self.num_modes = num_words, num_modes
 
     def forward(self, observations, first_step=0, memory=None):
         """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
 
         `memory` is the GRU's state after the steps before first_step, None at the start of an episode."""
+        if self.num_modes == 1:
+            return self._outputs(observations, first_step, memory)
+        outputs, memory = self._outputs(observations, first_step, memory)
+        log_probs = outputs.unflatten(-1, (self.num_modes, self.num_actions)).log_softmax(dim=-1)  # (B, T, A, num_modes, ...)
+        return (log_probs + self.mode_logits.log_softmax(dim=0)[:, None]).logsumexp(dim=-2), memory
+
+    def log_joint(self, observations, actions):
+        """log p(z, tau_i) of whole trajectories, but for what the game adds to it: log w_z + sum_t log pi_z(a_i,t | o_i,t),
+        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A)."""
+        outputs, _ = self._outputs(observations, 0, None)
+        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=1)
+        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=0)
+
+    def _outputs(self, observations, first_step, memory):
         B, T, A, _ = observations.shape
         ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
         x = torch.cat([observations, ids], dim=-1)
@@ -565,18 +595,61 @@ class AgentNetwork(nn.Module):
             steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
             x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
         if self.network == "mlp":
-            return self._outputs(self.body(x)), None
+            return self._head(self.body(x)), None
         x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
         x, memory = self.body(x, memory)
-        return self._outputs(x.unflatten(0, (B, A)).transpose(1, 2)), memory
+        return self._head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
 
-    def _outputs(self, x):
+    def _head(self, x):
         """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
         outputs = self.head(x)
         if self.num_words:
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs  # bfloat16: under mixed_precision
+
+
+def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Log-probability of actions under logits (..., num_actions); the leading dimensions broadcast."""
+    log_probs = logits.log_softmax(dim=-1)
+    index = actions.long()[..., None].expand(*logits.shape[:-1], 1)
+    return log_probs.gather(-1, index).squeeze(-1)
+
+
+# --- end shared block ---
+
+
+# --- shared block: regularized_policy ---
+# Origin: vdn_rlhf.py. What it learns.
+class RegularizedPolicy(nn.Module):
+    """Q-values that know their own regularization: Q_i(o_i, a) = beta * (log pi_ref(a | o_i) + log |A_i|) + f_i(o_i, a).
+
+    The first term is the KL part of the step reward of Eq. (3), which is known for every action; only the rest, f, is
+    learned. A network that learns all of Q never sees that term for the actions the dataset lacks."""
+
+    def __init__(self, values, reference, beta: float, kl_clip: bool):
+        """values (f) and reference (pi_ref): two AgentNetworks, or dicts of what AgentNetwork takes."""
+        super().__init__()
+        self.values = AgentNetwork(**values) if isinstance(values, dict) else values
+        self.reference = AgentNetwork(**reference) if isinstance(reference, dict) else reference
+        self.beta, self.kl_clip = beta, kl_clip
+        for name in ("observation_dim", "num_agents", "num_actions", "horizon"):
+            setattr(self, name, getattr(self.values, name))
+
+    def forward(self, observations, first_step=0, memory=None):
+        """As AgentNetwork: observations (B, T, A, D) -> Q-values (B, T, A, num_actions), memory of both networks."""
+        memory = memory or (None, None)
+        values, values_memory = self.values(observations, first_step, memory[0])
+        logits, reference_memory = self.reference(observations, first_step, memory[1])
+        return values + kl_rewards(logits, self.beta, self.kl_clip), (values_memory, reference_memory)
+
+
+def kl_rewards(logits: torch.Tensor, beta: float, kl_clip: bool) -> torch.Tensor:
+    """beta * (log pi_ref(a | o_i) + log |A_i|) of Eq. (3) for every action; logits (..., num_actions) are those of pi_ref.
+
+    Eq. (3) has -log(pi_w / pi_ref); a greedy Q-policy has no density, so pi_w is 1 / |A_i| (section 5.3)."""
+    rewards = beta * (logits.log_softmax(dim=-1) + math.log(logits.shape[-1]))
+    return rewards.clamp(-10, 1) if kl_clip else rewards
 
 
 # --- end shared block ---
@@ -730,7 +803,9 @@ def main(args: Args) -> dict:
     network, env = None, game_name(args)
     if args.policy_path != "random":
         checkpoint = load_checkpoint(args.policy_path, ("vdn", "bc", "pathwise"))
-        network = build_network(AgentNetwork, args.policy_path, checkpoint, device)
+        regularized = isinstance(checkpoint["meta"].get("network"), dict) and "reference" in checkpoint["meta"]["network"]
+        network_class = RegularizedPolicy if regularized else AgentNetwork
+        network = build_network(network_class, args.policy_path, checkpoint, device)
         wanted, env = env, checkpoint["meta"].get("env")
         if args.env and wanted != env:
             raise UserError(f"{args.policy_path}: 'meta' says it plays {env!r}, not {wanted}")

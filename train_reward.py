@@ -96,12 +96,14 @@ class Args:
     """passes over the training pairs"""
     patience: int = 5
     """stop after this many epochs without a better held-out likelihood"""
+    bf16: bool = True
+    """matrix products in bfloat16 where the CPU has instructions for them"""
 
 
 PRESETS = {  # by game
     "default": {},
     "paper": {  # Table 5
-        "all": dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100, patience=100),
+        "all": dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100, patience=100, bf16=False),
         "reference": dict(hidden_dim=64),
         "tag": dict(network="gru", hidden_dim=64),
     },
@@ -157,14 +159,17 @@ def set_up(args) -> torch.device:
     choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        low = 0 if name == "seed" else 1
+        low = 0 if name in ("seed", "imitation_updates") else 1
         if name in choices and value not in choices[name]:
             raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
         if type(value) is int and not low <= value < 2**31:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
         if type(value) is float and not 0 <= value < float("inf"):
             raise UserError(f"{flag}: must be a finite number and not negative")
-        if name in ("learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth") and value == 0:
+        if (
+            name in ("learning_rate", "imitation_learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth")
+            and value == 0
+        ):
             raise UserError(f"{flag}: must be above 0")
         shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
         if name in shares and value > 1:
@@ -182,6 +187,12 @@ def set_up(args) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     return device
+
+
+def mixed_precision(enabled: bool, device: torch.device):
+    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
+    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
@@ -557,7 +568,8 @@ def main(args: Args) -> None:
         start = time.time()
         for i in torch.randperm(len(training), generator=generator).tolist():
             trajectories, pairs, labels = training[i]
-            rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories])
+            with mixed_precision(args.bf16, device):
+                rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories]).float()
             loss, _, _ = reward_loss(rewards, pairs, labels, args.alpha)
             optimizer.zero_grad()
             loss.backward()

@@ -1,7 +1,7 @@
 """Train a team policy offline from preferences: Algorithm 1 of the paper with VDN as the MARL oracle. The step reward of the
 team is Eq. (3), sum_i [r_std,i + beta * (log pi_ref(a_i | o_i) + log |A_i|)], from a learned reward (reward.pt, Eq. 4) and a
-learned reference policy (bc.pt); Q_tot = sum_i Q_i is fitted to it on the observations and actions of a dataset.npz. Labels
-and true rewards are never read. The environment serves for reports alone. Writes vdn-*.pt, the last network, and
+reference policy made from bc.pt; Q_tot = sum_i Q_i is fitted to it on the observations and actions of a dataset.npz. Labels
+and true rewards are never read. The environment serves for reports alone. Writes vdn-*.pt, the last policy, and
 vdn-*-best.pt, the one with the best test return, which no offline method could pick: quote the last.
 
 Usage: python vdn_rlhf.py --env spread --beta 1        (makes the dataset, reward model and BC policy if they are missing)
@@ -9,16 +9,21 @@ Usage: python vdn_rlhf.py --env spread --beta 1        (makes the dataset, rewar
 Logged metrics (stdout, `metrics` in the file and, with --track, wandb):
     charts/test_return   mean over agents of the undiscounted greedy return, fresh episodes
     charts/score         the same on the scale random policy = 0, best expert of the paper's authors = 100 (tag: ours)
+    charts/reference_return  return when every agent plays the most probable action of pi_ref, without the learned values
     charts/log_pi_ref    mean log-probability under pi_ref of the actions chosen in these episodes; uniform: -log |A_i|
     losses/td_loss       mean squared TD error of the last minibatch
 
 Deviations from the paper (README has the whole table):
 1. The Q-network is an MLP that sees the time step, not a GRU: within the same minutes it learns far more (`--network gru
    --no-time-input`).
-2. TD(lambda) instead of one-step targets (`--td-lambda 0`), and a learning rate that falls along a cosine from 1e-2.
-3. The published code clips the KL term to -10 .. 1 per step (`--kl-clip`) and adds 1 to the standardised reward; the paper
+2. pi_ref imitates the trajectories reweighted as the KL-regularized objective asks for (`trajectory_weights`), not as they
+   are (`--imitation-updates 0`, and `--num-modes 1` in train_bc.py).
+3. The KL term is a fixed part of the Q-values (`RegularizedPolicy`); the network learns the rest (`--no-known-kl`).
+4. Q(lambda) with off-policy corrections instead of one-step targets (`--td-lambda 0`; `--no-off-policy`: TD(lambda)), and a
+   learning rate that falls along a cosine from 1e-2.
+5. The published code clips the KL term to -10 .. 1 per step (`--kl-clip`) and adds 1 to the standardised reward; the paper
    does neither, nor does this script.
-4. The game ends after step T, as in section 3: no bootstrap past it, and no observation after it is used.
+6. The game ends after step T, as in section 3: no bootstrap past it, and no observation after it is used.
 """
 
 from __future__ import annotations
@@ -96,13 +101,21 @@ class Args:
     """the Q-network sees the time step too (paper: no)"""
     learning_rate: float = 1e-2
     """of Adam; falls to zero along a cosine (paper: 1e-3)"""
-    gamma: float = 0.97
+    gamma: float = 0.9
     """discount"""
     td_lambda: float = 0.8
     """lambda of TD(lambda); 0: one-step targets"""
     kl_clip: bool = False
     """clip the KL term of each agent and step to -10 .. 1, as the published code does"""
-    num_updates: int = 12_000
+    off_policy: bool = True
+    """take what the behavior loses by not acting greedily out of the TD(lambda) targets"""
+    known_kl: bool = True
+    """the KL term is a fixed part of the Q-values, and the network learns the rest (paper: it learns all)"""
+    imitation_updates: int = 6_000
+    """gradient steps of the reference policy on trajectories reweighted by what their modes earn; 0: pi_ref is the BC policy"""
+    imitation_learning_rate: float = 5e-3
+    """of these steps; falls to zero along a cosine"""
+    num_updates: int = 4_000
     """gradient steps"""
     batch_size: int = 64
     """trajectories per gradient step"""
@@ -110,6 +123,8 @@ class Args:
     """the target network moves this share of the way to the online network after every update"""
     max_grad_norm: float = 10.0
     """gradients are clipped to this norm"""
+    bf16: bool = True
+    """matrix products in bfloat16 where the CPU has instructions for them"""
 
 
 PRESETS = {  # by game
@@ -118,6 +133,7 @@ PRESETS = {  # by game
         "all": {
             **dict(run_name="paper", network="gru", hidden_dim=64, time_input=False),
             **dict(learning_rate=1e-3, gamma=0.9, td_lambda=0.0, num_updates=10_000),
+            **dict(imitation_updates=0, known_kl=False, bf16=False),
         },
         "tag": dict(beta=3.0, num_updates=50_000),  # of the published scripts; Table 5 says 1,000,000
     },
@@ -171,14 +187,17 @@ def set_up(args) -> torch.device:
     choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        low = 0 if name == "seed" else 1
+        low = 0 if name in ("seed", "imitation_updates") else 1
         if name in choices and value not in choices[name]:
             raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
         if type(value) is int and not low <= value < 2**31:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
         if type(value) is float and not 0 <= value < float("inf"):
             raise UserError(f"{flag}: must be a finite number and not negative")
-        if name in ("learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth") and value == 0:
+        if (
+            name in ("learning_rate", "imitation_learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth")
+            and value == 0
+        ):
             raise UserError(f"{flag}: must be above 0")
         shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
         if name in shares and value > 1:
@@ -196,6 +215,12 @@ def set_up(args) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     return device
+
+
+def mixed_precision(enabled: bool, device: torch.device):
+    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
+    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
@@ -700,7 +725,9 @@ class ParticleEnv:
 # Origin: vdn_rlhf.py. The network of every policy in this project: Q-values of VDN, action logits of imitation learning.
 class AgentNetwork(nn.Module):
     """One network for all agents, told apart by a one-hot id. With an MLP its policy is Markov in observation and step, like
-    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far."""
+    pi_h(a_i | o_i) of the time-inhomogeneous game of section 3; with a GRU it reads the observations so far.
+
+    With num_modes > 1 it is a mixture of policies: its output is log pi(a | o_i) = log sum_z w_z pi_z(a | o_i)."""
 
     def __init__(
         self,
@@ -713,6 +740,7 @@ class AgentNetwork(nn.Module):
         num_layers=3,
         time_input=True,
         num_words=0,
+        num_modes=1,
     ):
         super().__init__()
         input_dim = observation_dim + num_agents + time_input
@@ -725,14 +753,32 @@ class AgentNetwork(nn.Module):
             self.body = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
         else:
             raise UserError(f"--network {network}: unknown, choose mlp or gru")
-        self.head = nn.Linear(hidden_dim, num_words + num_actions // num_words if num_words else num_actions)
+        num_outputs = num_words + num_actions // num_words if num_words else num_actions
+        self.head = nn.Linear(hidden_dim, num_modes * num_outputs)
+        if num_modes > 1:
+            self.mode_logits = nn.Parameter(torch.zeros(num_modes))  # w is their softmax
         self.network, self.observation_dim, self.num_agents = network, observation_dim, num_agents
-        self.num_actions, self.horizon, self.time_input, self.num_words = num_actions, horizon, time_input, num_words
+        self.num_actions, self.horizon, self.time_input = num_actions, horizon, time_input
+        self.num_words, self.num_modes = num_words, num_modes
 
     def forward(self, observations, first_step=0, memory=None):
         """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
 
         `memory` is the GRU's state after the steps before first_step, None at the start of an episode."""
+        if self.num_modes == 1:
+            return self._outputs(observations, first_step, memory)
+        outputs, memory = self._outputs(observations, first_step, memory)
+        log_probs = outputs.unflatten(-1, (self.num_modes, self.num_actions)).log_softmax(dim=-1)  # (B, T, A, num_modes, ...)
+        return (log_probs + self.mode_logits.log_softmax(dim=0)[:, None]).logsumexp(dim=-2), memory
+
+    def log_joint(self, observations, actions):
+        """log p(z, tau_i) of whole trajectories, but for what the game adds to it: log w_z + sum_t log pi_z(a_i,t | o_i,t),
+        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A)."""
+        outputs, _ = self._outputs(observations, 0, None)
+        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=1)
+        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=0)
+
+    def _outputs(self, observations, first_step, memory):
         B, T, A, _ = observations.shape
         ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
         x = torch.cat([observations, ids], dim=-1)
@@ -740,18 +786,61 @@ class AgentNetwork(nn.Module):
             steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
             x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
         if self.network == "mlp":
-            return self._outputs(self.body(x)), None
+            return self._head(self.body(x)), None
         x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
         x, memory = self.body(x, memory)
-        return self._outputs(x.unflatten(0, (B, A)).transpose(1, 2)), memory
+        return self._head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
 
-    def _outputs(self, x):
+    def _head(self, x):
         """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
         outputs = self.head(x)
         if self.num_words:
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs  # bfloat16: under mixed_precision
+
+
+def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Log-probability of actions under logits (..., num_actions); the leading dimensions broadcast."""
+    log_probs = logits.log_softmax(dim=-1)
+    index = actions.long()[..., None].expand(*logits.shape[:-1], 1)
+    return log_probs.gather(-1, index).squeeze(-1)
+
+
+# --- end shared block ---
+
+
+# --- shared block: regularized_policy ---
+# Origin: vdn_rlhf.py. What it learns.
+class RegularizedPolicy(nn.Module):
+    """Q-values that know their own regularization: Q_i(o_i, a) = beta * (log pi_ref(a | o_i) + log |A_i|) + f_i(o_i, a).
+
+    The first term is the KL part of the step reward of Eq. (3), which is known for every action; only the rest, f, is
+    learned. A network that learns all of Q never sees that term for the actions the dataset lacks."""
+
+    def __init__(self, values, reference, beta: float, kl_clip: bool):
+        """values (f) and reference (pi_ref): two AgentNetworks, or dicts of what AgentNetwork takes."""
+        super().__init__()
+        self.values = AgentNetwork(**values) if isinstance(values, dict) else values
+        self.reference = AgentNetwork(**reference) if isinstance(reference, dict) else reference
+        self.beta, self.kl_clip = beta, kl_clip
+        for name in ("observation_dim", "num_agents", "num_actions", "horizon"):
+            setattr(self, name, getattr(self.values, name))
+
+    def forward(self, observations, first_step=0, memory=None):
+        """As AgentNetwork: observations (B, T, A, D) -> Q-values (B, T, A, num_actions), memory of both networks."""
+        memory = memory or (None, None)
+        values, values_memory = self.values(observations, first_step, memory[0])
+        logits, reference_memory = self.reference(observations, first_step, memory[1])
+        return values + kl_rewards(logits, self.beta, self.kl_clip), (values_memory, reference_memory)
+
+
+def kl_rewards(logits: torch.Tensor, beta: float, kl_clip: bool) -> torch.Tensor:
+    """beta * (log pi_ref(a | o_i) + log |A_i|) of Eq. (3) for every action; logits (..., num_actions) are those of pi_ref.
+
+    Eq. (3) has -log(pi_w / pi_ref); a greedy Q-policy has no density, so pi_w is 1 / |A_i| (section 5.3)."""
+    rewards = beta * (logits.log_softmax(dim=-1) + math.log(logits.shape[-1]))
+    return rewards.clamp(-10, 1) if kl_clip else rewards
 
 
 # --- end shared block ---
@@ -816,30 +905,40 @@ def mean_return(game, network, num_episodes: int, seed: int, device, sample=Fals
 
 # --- shared block: vdn ---
 # Origin: vdn_rlhf.py. Value decomposition: the team's Q is the sum of the agents' (Sunehag et al., 2017).
-def td_lambda_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, td_lambda: float) -> torch.Tensor:
-    """Targets G_t = r_t + gamma * ((1 - lambda) * V_{t+1} + lambda * G_{t+1}) with V_T = G_T = 0: the game ends after step T,
-    so nothing is bootstrapped past it. (B, T) and (B, T) -> (B, T); next_values[:, t] is V_{t+1}, its last column is ignored.
+def td_lambda_targets(rewards, values, baselines, gamma: float, td_lambda: float) -> torch.Tensor:
+    """Targets G_t = r_t + gamma * (V_{t+1} + lambda * (G_{t+1} - B_{t+1})), all (B, T), with V_T = B_T = G_T = 0: the game ends
+    after step T, so nothing is bootstrapped past it.
 
-    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (1 - lambda) * V_{k+1}): one matrix product."""
+    With baselines B = V this is TD(lambda), G_t = r_t + gamma * ((1 - lambda) * V_{t+1} + lambda * G_{t+1}), which charges
+    an action with the later mistakes of the behavior. With B_t = Q_t(a_t) these are taken out again: Q(lambda) with
+    off-policy corrections (Harutyunyan et al., 2016).
+
+    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (V_{k+1} - lambda * B_{k+1})): one product."""
     T = rewards.shape[1]
     steps = torch.arange(T, device=rewards.device)
     lag = steps[:, None] - steps[None, :]  # (k, t)
     decay = torch.where(lag >= 0, (gamma * td_lambda) ** lag.clamp(min=0).to(rewards.dtype), 0)
-    bootstrap = gamma * (1 - td_lambda) * next_values * (steps < T - 1)
-    return (rewards + bootstrap) @ decay
+    bootstrap = F.pad((values - td_lambda * baselines)[:, 1:], (0, 1))
+    return (rewards + gamma * bootstrap) @ decay
 
 
-def vdn_loss(online, target, observations, actions, rewards, gamma: float, td_lambda: float) -> torch.Tensor:
+def vdn_loss(
+    online, target, observations, actions, rewards, gamma: float, td_lambda: float, off_policy=False, known_values=0.0
+) -> torch.Tensor:
     """Mean squared TD error of Q_tot = sum_i Q_i over whole episodes. observations (B, T + 1, A, D), actions (B, T, A),
-    team rewards (B, T). Double Q-learning: the online network chooses the next action, the target network values it."""
-    q_values, _ = online(observations[:, :-1])  # (B, T, A, num_actions); the step T + 1 is never needed
+    team rewards (B, T). Double Q-learning: the online network chooses the next action, the target network values it.
+
+    known_values (B, T, A, num_actions) are a part of the Q-values that the networks need not learn. off_policy: correct
+    the targets for actions of the behavior that are not greedy."""
+    q_values = online(observations[:, :-1])[0] + known_values  # (B, T, A, num_actions); the step T + 1 is never needed
     q_chosen = q_values.gather(-1, actions[..., None]).squeeze(-1).sum(dim=-1)  # (B, T)
     with torch.no_grad():
-        target_q_values, _ = target(observations[:, :-1])
+        target_q_values = target(observations[:, :-1])[0] + known_values
         greedy = q_values.argmax(dim=-1, keepdim=True)
         values = target_q_values.gather(-1, greedy).squeeze(-1).sum(dim=-1)  # (B, T): V_0 .. V_{T-1}
-        next_values = F.pad(values[:, 1:], (0, 1))  # V_1 .. V_{T-1}, V_T = 0
-        targets = td_lambda_targets(rewards, next_values, gamma, td_lambda)
+        chosen_values = target_q_values.gather(-1, actions[..., None]).squeeze(-1).sum(dim=-1)  # (B, T)
+        baselines = chosen_values if off_policy else values
+        targets = td_lambda_targets(rewards, values, baselines, gamma, td_lambda)
     return F.mse_loss(q_chosen, targets)
 
 
@@ -847,23 +946,48 @@ def vdn_loss(online, target, observations, actions, rewards, gamma: float, td_la
 
 
 @torch.no_grad()
-def team_rewards(reward_model, reward_stats: dict, reference_policy, observations, actions, beta: float, kl_clip: bool):
-    """Eq. (3) and (4): the team's reward of every step, sum_i [r_std,i + beta * (log pi_ref(a_i | o_i) + log |A_i|)].
-
-    Eq. (3) has -log(pi_w / pi_ref); a greedy Q-policy has no density, so pi_w is 1 / |A_i| (section 5.3). observations
-    (B, T + 1, A, D), actions (B, T, A) -> (B, T)."""
-    r_phi = reward_model(observations[:, :-1], actions)  # (B, T, A)
-    r_std = (r_phi - reward_stats["mean"]) / max(reward_stats["std"], 1e-8)
-    logits, _ = reference_policy(observations[:, :-1])
-    kl_reward = beta * (log_prob(logits, actions) + math.log(reference_policy.num_actions))
-    if kl_clip:
-        kl_reward = kl_reward.clamp(-10, 1)
-    return (r_std + kl_reward).sum(dim=-1)
+def standardized_rewards(reward_model, reward_stats: dict, observations, actions) -> torch.Tensor:
+    """r_std of Eq. (4). observations (B, T + 1, A, D), actions (B, T, A) -> (B, T, A)."""
+    r_phi = reward_model(observations[:, :-1], actions)
+    return (r_phi - reward_stats["mean"]) / max(reward_stats["std"], 1e-8)
 
 
-def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Log-probability of actions (B, T, A) under logits (B, T, A, num_actions)."""
-    return logits.log_softmax(dim=-1).gather(-1, actions[..., None].long()).squeeze(-1)
+@torch.no_grad()
+def trajectory_weights(bc_policy: AgentNetwork, observations, actions, team_returns, beta: float) -> torch.Tensor:
+    """How much more often than the behavior the KL-regularized optimum plays as in each trajectory, (N, A) up to a factor.
+
+    Over policies that draw their mode z before the first step, max E[R] - beta * KL(pi || behavior) has the optimum p(z)
+    proportional to w_z exp(E[R | z] / beta). R is the learned return of the team: r_std summed over agents and steps, (N,).
+    In which mode agent i was is known up to the posterior p(z | tau_i)."""
+    chunks = zip(observations.split(1024), actions.split(1024), strict=True)
+    posterior = torch.cat([bc_policy.log_joint(o[:, :-1], a).softmax(dim=-1) for o, a in chunks])  # (N, A, num_modes)
+    total = posterior.sum(dim=(0, 1))
+    mode_returns = (posterior * team_returns[:, None, None]).sum(dim=(0, 1)) / total.clamp(min=1e-8)
+    mode_returns = mode_returns.where(total > 1e-3 * total.sum(), -torch.inf)  # of next to no trajectory: not known
+    return (posterior * ((mode_returns - mode_returns.max()) / beta).exp()).sum(dim=-1)
+
+
+def make_reference_policy(bc_policy: AgentNetwork, shape: dict, observations, actions, team_returns, args: Args, generator):
+    """pi_ref: imitation of the reweighted trajectories by a network of that shape. Without modes, or without a KL term that
+    says how much to trust them, it is the BC policy."""
+    if bc_policy.num_modes == 1 or args.beta == 0 or args.imitation_updates == 0:
+        return bc_policy
+    weights = trajectory_weights(bc_policy, observations, actions, team_returns, args.beta)
+    policy = AgentNetwork(**shape | {"num_modes": 1}).to(observations.device)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.imitation_learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.imitation_updates)
+    for _ in tqdm(range(args.imitation_updates), desc="imitation, reweighted", unit="update", mininterval=1):
+        batch = torch.multinomial(weights.sum(dim=1), args.batch_size, replacement=True, generator=generator)
+        share = weights[batch] / weights[batch].sum(dim=1, keepdim=True)  # (B, A), as every episode is drawn by its sum
+        with mixed_precision(args.bf16, observations.device):
+            logits, _ = policy(observations[batch, :-1])
+        loss = -(log_prob(logits, actions[batch]).mean(dim=1) * share).sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return policy.requires_grad_(False)
 
 
 def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[str, float]:
@@ -876,6 +1000,61 @@ def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[st
         logits, _ = reference_policy(observations[:, :-1])
     test_return = rewards.sum(dim=1).mean().item()
     return game.metrics(test_return) | {"charts/log_pi_ref": log_prob(logits, actions).mean().item()}
+
+
+def learn_policy(args: Args, game, shape: dict, observations, actions, rewards, reference_policy, generator, log) -> tuple:
+    """Offline VDN with a Q-network of that shape, for rewards (N, T): sum_i r_std,i. -> policy, the policy with the best test
+    return (None for a game that cannot be played), metrics."""
+    device, actions = rewards.device, actions.long()
+    log_pi_ref = [
+        reference_policy(chunk[:, :-1])[0].log_softmax(dim=-1).half()
+        for chunk in tqdm(observations.split(1024), desc="reference policy", unit="chunk", mininterval=1)
+    ]
+    log_pi_ref = torch.cat(log_pi_ref)  # (N, T, A, num_actions), the largest array of all, hence in half precision
+
+    online = AgentNetwork(**shape).to(device)
+    target = copy.deepcopy(online).requires_grad_(False)
+    policy = RegularizedPolicy(online, reference_policy, args.beta, args.kl_clip) if args.known_kl else online
+    optimizer = torch.optim.Adam(online.parameters(), lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_updates)
+
+    best_return, best_policy, history = -float("inf"), None, []
+    eval_every = max(args.num_updates // 20, 1)
+    progress = tqdm(range(1, args.num_updates + 1), desc=f"offline VDN, beta {args.beta:g}", unit="update", mininterval=1)
+    start, evaluation_time = time.time(), 0.0
+    for update in progress:
+        batch = torch.randint(len(rewards), (args.batch_size,), generator=generator, device=device)
+        kl = kl_rewards(log_pi_ref[batch].float(), args.beta, args.kl_clip)  # (B, T, A, num_actions)
+        team_rewards = rewards[batch] + kl.gather(-1, actions[batch][..., None]).sum(dim=(-1, -2))  # Eq. (3)
+        episodes, known = (observations[batch], actions[batch], team_rewards), kl if args.known_kl else 0.0
+        with mixed_precision(args.bf16, device):
+            loss = vdn_loss(online, target, *episodes, args.gamma, args.td_lambda, args.off_policy, known)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(online.parameters(), args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.target_update_rate)
+
+        if update % eval_every == 0 or update == args.num_updates:
+            evaluation_start = time.time()
+            metrics = {"losses/td_loss": loss.item()}
+            if not math.isfinite(metrics["losses/td_loss"]):
+                raise UserError(f"losses/td_loss is {loss.item()} after {update} updates; try a smaller --learning-rate")
+            if game is not None:
+                metrics |= evaluate(game, policy, reference_policy, args.seed + update, device)
+                progress.set_postfix({"return": f"{metrics['charts/test_return']:.2f}"})
+                if metrics["charts/test_return"] > best_return:
+                    best_return, best_policy = metrics["charts/test_return"], copy.deepcopy(policy)
+            log(metrics, update)
+            history.append({"update": update, **metrics})
+            evaluation_time += time.time() - evaluation_start
+    metrics |= {"speed/updates_per_second": args.num_updates / (time.time() - start - evaluation_time)}
+    if game is not None:
+        metrics["charts/reference_return"] = mean_return(game, reference_policy, TEST_EPISODES, args.seed + 10**6, device)
+    log(metrics, args.num_updates)
+    return policy, best_policy, metrics | {"history": history}
 
 
 def make_missing(files: list[tuple[Path, bool, str, dict]]) -> None:
@@ -994,18 +1173,18 @@ def main(args: Args) -> None:
 
     data, meta = load_dataset(data_path, env_name, ("observations", "actions"))
     observations, actions = data["observations"].to(device), data["actions"].to(device)
-    N, T, A = actions.shape
+    _, T, A = actions.shape
     D, num_actions = observations.shape[-1], meta["num_actions"]
     game = find_game(data_path, env_name, (A, D, num_actions, T))
     sizes = dict(env=env_name, horizon=T, observation_dim=D, num_agents=A, num_actions=num_actions)
     dataset = dict(path=data_path, hash=meta["hash"], sizes=sizes)
     reward_checkpoint, reward_model = load_model(reward_path, args.reward_path, "reward", RewardNetwork, args, dataset, device)
-    bc_checkpoint, reference_policy = load_model(bc_path, args.bc_path, "bc", AgentNetwork, args, dataset, device)
+    bc_checkpoint, bc_policy = load_model(bc_path, args.bc_path, "bc", AgentNetwork, args, dataset, device)
     reward_stats = reward_checkpoint["stats"]
     if not all(isinstance(reward_stats.get(name), float) and math.isfinite(reward_stats[name]) for name in ("mean", "std")):
         raise UserError(f"{reward_path}: 'stats' has no finite 'mean' and 'std'; train it again")
     sources = {"dataset": meta["hash"], "reward": hash_weights(reward_model, reward_stats)}
-    sources["bc"] = hash_weights(reference_policy, bc_checkpoint["stats"])
+    sources["bc"] = hash_weights(bc_policy, bc_checkpoint["stats"])
     for path in (vdn_path, best_path):
         check_replaceable(path, "vdn", args, sources)
     shipped = load_shipped_policies(game, device)
@@ -1013,64 +1192,42 @@ def main(args: Args) -> None:
 
     # The learned rewards never change: computed once for the whole dataset.
     chunks = list(zip(observations.split(1024), actions.split(1024), strict=True))
-    rewards = [
-        team_rewards(reward_model, reward_stats, reference_policy, *chunk, args.beta, args.kl_clip)
+    r_std = [
+        standardized_rewards(reward_model, reward_stats, *chunk)
         for chunk in tqdm(chunks, desc="learned rewards", unit="chunk", mininterval=1)
     ]
-    rewards, actions = torch.cat(rewards), actions.long()  # (N, T), (N, T, A)
+    rewards = torch.cat(r_std).sum(dim=-1)  # (N, T): of the team
 
+    generator = torch.Generator(device).manual_seed(args.seed)
+    reference_shape = bc_checkpoint["meta"]["network"]
+    reference_policy = make_reference_policy(
+        bc_policy, reference_shape, observations, actions, rewards.sum(dim=1), args, generator
+    )
     shape = dict(observation_dim=D, num_agents=A, num_actions=num_actions, horizon=T)
     shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, time_input=args.time_input)
-    online, target = AgentNetwork(**shape).to(device), AgentNetwork(**shape).to(device).requires_grad_(False)
-    target.load_state_dict(online.state_dict())
-    optimizer = torch.optim.Adam(online.parameters(), lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_updates)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    policy, best_policy, metrics = learn_policy(
+        args, game, shape, observations, actions, rewards, reference_policy, generator, log
+    )
 
-    best_return, best_weights, history = -float("inf"), None, []
-    eval_every = max(args.num_updates // 20, 1)
-    progress = tqdm(range(1, args.num_updates + 1), desc=f"offline VDN, beta {args.beta:g}", unit="update", mininterval=1)
-    start, evaluation_time = time.time(), 0.0
-    for update in progress:
-        batch = torch.randint(N, (args.batch_size,), generator=generator, device=device)
-        loss = vdn_loss(online, target, observations[batch], actions[batch], rewards[batch], args.gamma, args.td_lambda)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(online.parameters(), args.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.target_update_rate)
-
-        if update % eval_every == 0 or update == args.num_updates:
-            evaluation_start = time.time()
-            metrics = {"losses/td_loss": loss.item()}
-            if not math.isfinite(metrics["losses/td_loss"]):
-                raise UserError(f"losses/td_loss is {loss.item()} after {update} updates; try a smaller --learning-rate")
-            if game is not None:
-                metrics |= evaluate(game, online, reference_policy, args.seed + update, device)
-                progress.set_postfix({"return": f"{metrics['charts/test_return']:.2f}"})
-                if metrics["charts/test_return"] > best_return:
-                    best_return, best_weights = metrics["charts/test_return"], copy.deepcopy(online.state_dict())
-            log(metrics, update)
-            history.append({"update": update, **metrics})
-            evaluation_time += time.time() - evaluation_start
-    metrics |= {"speed/updates_per_second": args.num_updates / (time.time() - start - evaluation_time)}
-    log(metrics, args.num_updates)
-
-    policy_meta = dict(env=env_name, sources=sources, network=shape)
-    save_checkpoint(vdn_path, "vdn", args, policy_meta, online, {}, metrics | {"history": history})
+    reference_shape = reference_shape | {"num_modes": reference_policy.num_modes}
+    known = dict(values=shape, reference=reference_shape, beta=args.beta, kl_clip=args.kl_clip)
+    policy_meta = dict(env=env_name, sources=sources, network=known if args.known_kl else shape)
+    save_checkpoint(vdn_path, "vdn", args, policy_meta, policy, {}, metrics)
     speed = metrics["speed/updates_per_second"]
     print(f"{vdn_path}: losses/td_loss {metrics['losses/td_loss']:.3f}, {speed:.1f} updates per second")
     if game is None:
         print(f"{env_name} is no game of this script: evaluation skipped")
         return
-    best = AgentNetwork(**shape).to(device)
-    best.load_state_dict(best_weights)
-    save_checkpoint(best_path, "vdn", args, policy_meta, best, {}, {"charts/test_return": best_return, "history": history})
+    best_metrics = {"charts/test_return": max(entry["charts/test_return"] for entry in metrics["history"])}
+    best_metrics["history"] = metrics["history"]
+    save_checkpoint(best_path, "vdn", args, policy_meta, best_policy, {}, best_metrics)
 
-    rows = {"random": (None, False), "BC, greedy": (reference_policy, False), "BC, sampled": (reference_policy, True)}
-    rows |= {"VDN-RLHF, last": (online, False), "VDN-RLHF, best": (best, False)}
+    rows = {"random": (None, False), "BC, greedy": (bc_policy, False), "BC, sampled": (bc_policy, True)}
+    rows |= {
+        "pi_ref, greedy": (reference_policy, False),
+        "VDN-RLHF, last": (policy, False),
+        "VDN-RLHF, best": (best_policy, False),
+    }
     rows |= {policy: (network, False) for policy, network in shipped.items()}
     print_table(game, rows, reward_checkpoint["metrics"], args, device)
 

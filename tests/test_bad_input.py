@@ -178,7 +178,7 @@ def test_models_of_other_dimensions(spread_data, made_up_data, tmp_path):
         common = dict(env=env, data_path=str(data_path), **small)
         train_reward.main(train_reward.Args(reward_path=paths[env]["reward_path"], **common))
         train_bc.main(train_bc.Args(bc_path=paths[env]["bc_path"], **common))
-    vdn = dict(data_path=str(spread_data), vdn_path=str(tmp_path / "vdn.pt"), num_updates=1, device="cpu")
+    vdn = dict(data_path=str(spread_data), vdn_path=str(tmp_path / "vdn.pt"), num_updates=1, imitation_updates=1, device="cpu")
     for wrong in ("reward_path", "bc_path"):
         files = paths["spread"] | {wrong: paths["made-up"][wrong]}
         with pytest.raises(vdn_rlhf.UserError, match=rf"{Path(files[wrong]).name}: 'meta' has .*observation_dim"):

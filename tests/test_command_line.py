@@ -44,10 +44,11 @@ def test_each_script_runs_alone_in_an_empty_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     data = tmp_path / "collect_data/runs/spread/diversified/dataset.npz"
     reward, bc, vdn, report = (tmp_path / name for name in ("reward.pt", "bc.pt", "vdn.pt", "report.json"))
+    models, few = f"--reward-path {reward} --bc-path {bc} --vdn-path {vdn}", "--num-updates 40 --imitation-updates 20"
     flags = {
         "train_reward": f"--data-path {data} --reward-path {reward} --max-epochs 2 {TINY}",
         "train_bc": f"--data-path {data} --bc-path {bc} --max-epochs 2 {TINY}",
-        "vdn_rlhf": f"--data-path {data} --reward-path {reward} --bc-path {bc} --vdn-path {vdn} --num-updates 40 {TINY}",
+        "vdn_rlhf": f"--data-path {data} {models} {few} {TINY}",
         "evaluate": f"--policy-path {vdn} --num-episodes 64 --json-path {report} --device cpu",
     }
     for script, words in flags.items():
@@ -62,7 +63,7 @@ def test_each_script_runs_alone_in_an_empty_folder(tmp_path):
     flags = {
         "train_reward": f"{common} --reward-path {reward} --max-epochs 1",
         "train_bc": f"{common} --bc-path {bc} --max-epochs 1",
-        "vdn_rlhf": f"{common} --reward-path {reward} --bc-path {bc} --vdn-path {vdn} --num-updates 10",
+        "vdn_rlhf": f"{common} --reward-path {reward} --bc-path {bc} --vdn-path {vdn} --num-updates 10 --imitation-updates 10",
     }
     for script, words in flags.items():
         done = run(tmp_path / script, script, words)
@@ -78,7 +79,7 @@ def test_what_is_missing_is_made_and_reused(tmp_path, monkeypatch, capfd):
     folder = tmp_path / "runs/spread/diversified"
     monkeypatch.chdir(tmp_path)
     collect_data.main(collect_data.Args(num_trajectories=768, device="cpu"))
-    vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=20, hidden_dim=16, device="cpu"))
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=20, imitation_updates=10, hidden_dim=16, device="cpu"))
     printed = capfd.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("$ python ")]
     assert len(commands) == 2  # the dataset is there
@@ -88,21 +89,21 @@ def test_what_is_missing_is_made_and_reused(tmp_path, monkeypatch, capfd):
     assert sorted(path.stem for path in folder.iterdir()) == names
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    vdn_rlhf.main(vdn_rlhf.Args(seed=0, beta=2.0, num_updates=20, hidden_dim=16, device="cpu"))
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, beta=2.0, num_updates=20, imitation_updates=10, hidden_dim=16, device="cpu"))
     assert "$ python" not in capfd.readouterr().out
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     assert (folder / "vdn-beta2-alpha1-seed0.pt").exists()
 
     with pytest.raises(vdn_rlhf.UserError, match=r"--num-updates is 20 there and 21 here.*--run-name"):
-        vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=21, hidden_dim=16, device="cpu"))
-    vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=21, hidden_dim=16, run_name="longer", device="cpu"))
+        vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=21, imitation_updates=10, hidden_dim=16, device="cpu"))
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=21, imitation_updates=10, hidden_dim=16, run_name="longer", device="cpu"))
     assert (folder / "vdn-longer-beta1-alpha1-seed0.pt").exists()
     (folder / "reward-alpha1-seed0.pt").rename(folder / "reward-alpha2-seed0.pt")
     with pytest.raises(vdn_rlhf.UserError, match=r"reward-alpha2-seed0.pt: .*--alpha is 1.0 there and 2.0 here"):
-        vdn_rlhf.main(vdn_rlhf.Args(seed=0, alpha=2.0, num_updates=20, hidden_dim=16, device="cpu"))
+        vdn_rlhf.main(vdn_rlhf.Args(seed=0, alpha=2.0, num_updates=20, imitation_updates=10, hidden_dim=16, device="cpu"))
 
     # A reward model named by the user: its alpha must be the command's, and another one may not take over the first one's file.
-    named = dict(seed=0, alpha=2.0, num_updates=20, hidden_dim=16, device="cpu")
+    named = dict(seed=0, alpha=2.0, num_updates=20, imitation_updates=10, hidden_dim=16, device="cpu")
     with pytest.raises(vdn_rlhf.UserError, match=r"--alpha is 1.0 there and 2.0 here"):
         vdn_rlhf.main(vdn_rlhf.Args(reward_path=str(folder / "reward-alpha2-seed0.pt"), **named))
     other = folder / "other.pt"

@@ -27,7 +27,7 @@ def test_pipeline_twice_is_bit_equal(network, tmp_path):
         collect_data.main(collect_data.Args(num_trajectories=2560, data_path=data, device="cuda", deterministic=True))
         train_reward.main(train_reward.Args(data_path=data, max_epochs=2, network=network, **SMALL))
         train_bc.main(train_bc.Args(data_path=data, max_epochs=2, network=network, **SMALL))
-        vdn_rlhf.main(vdn_rlhf.Args(data_path=data, num_updates=50, network=network, **SMALL))
+        vdn_rlhf.main(vdn_rlhf.Args(data_path=data, num_updates=50, imitation_updates=50, network=network, **SMALL))
     for file in ("reward-alpha1-seed1.pt", "bc-seed1.pt", "vdn-beta1-alpha1-seed1.pt"):
         assert same_weights(tmp_path / "a" / file, tmp_path / "b" / file)
     policy = str(tmp_path / "a" / "vdn-beta1-alpha1-seed1.pt")

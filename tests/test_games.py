@@ -1,5 +1,6 @@
 """The games beside spread: tag with its prey, reference, other counts of agents; from shipped policies to a learned one."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -162,8 +163,8 @@ def test_dataset_of_another_count(spread_data, tmp_path):
     [("reference", "reference", {}), ("tag", "tag", {}), ("spread-5x4", "spread", {"num_agents": 5, "num_landmarks": 4})],
 )
 def test_whole_pipeline(name, env, counts, tmp_path, monkeypatch, capsys):
-    """Every stage runs on every game and every file names it. Where policies are shipped, a few updates from a small dataset
-    already beat the random policy; elsewhere policies of eight updates and a uniform prey stand in."""
+    """Every stage runs on every game and every file names it. Where policies are shipped, a few updates on a small dataset already
+    beat the random policy; elsewhere policies of eight updates and a uniform prey stand in."""
     monkeypatch.chdir(tmp_path)
     common = dict(env=env, device="cpu", **counts)
     stand_in = {}
@@ -173,9 +174,9 @@ def test_whole_pipeline(name, env, counts, tmp_path, monkeypatch, capsys):
         for module in (collect_data, train_bc, vdn_rlhf):
             monkeypatch.setattr(module, "load_prey", lambda: prey)
     collect_data.main(collect_data.Args(num_trajectories=2560, **common, **stand_in))
-    train_reward.main(train_reward.Args(max_epochs=2, hidden_dim=32, **common))
-    train_bc.main(train_bc.Args(max_epochs=2, hidden_dim=32, **common))
-    vdn_rlhf.main(vdn_rlhf.Args(num_updates=400 if name in SHIPPED else 40, hidden_dim=64, **common))
+    train_reward.main(train_reward.Args(max_epochs=20 if name in SHIPPED else 1, hidden_dim=32, **common))
+    train_bc.main(train_bc.Args(max_epochs=6 if name in SHIPPED else 1, batch_size=16, hidden_dim=32, **common))
+    vdn_rlhf.main(vdn_rlhf.Args(num_updates=400 if name in SHIPPED else 40, imitation_updates=300, hidden_dim=64, **common))
     folder = tmp_path / "runs" / name / "diversified"
     for file in ("reward-alpha1-seed1.pt", "bc-seed1.pt", "vdn-beta1-alpha1-seed1.pt"):
         assert torch.load(folder / file, weights_only=True)["meta"]["env"] == name
@@ -184,9 +185,11 @@ def test_whole_pipeline(name, env, counts, tmp_path, monkeypatch, capsys):
     if name not in SHIPPED:
         return
     assert all(f"| {row}" in table for row in ("novice", "rookie", "expert"))
-    for file, kind in (("bc-seed1.pt", "bc"), ("vdn-beta1-alpha1-seed1.pt", "vdn")):
-        network = build_network(AgentNetwork, file, load_checkpoint(folder / file, (kind,)), "cpu")
-        assert game.metrics(mean_return(game, network, 1024, 1, "cpu"))["charts/score"] > 15
+    path = folder / "vdn-beta1-alpha1-seed1.pt"
+    policy = build_network(vdn_rlhf.RegularizedPolicy, path, load_checkpoint(path, ("vdn",)), "cpu")
+    assert game.metrics(mean_return(game, policy, 1024, 1, "cpu"))["charts/score"] > 15
+    bc = torch.load(folder / "bc-seed1.pt", weights_only=True)["metrics"]
+    assert bc["bc/mode_nll"] < bc["bc/nll"] < 0.9 * math.log(game.num_actions)
 
 
 @pytest.mark.parametrize("name", ["spread", "reference"])

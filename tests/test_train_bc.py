@@ -11,9 +11,70 @@ from train_bc import AgentNetwork, Args, bc_loss
 SMALL = dict(device="cpu", hidden_dim=32, num_layers=2, max_epochs=3)
 
 
-def test_loss_against_numbers_worked_by_hand():
+def test_loss_of_a_single_mode_against_numbers_worked_by_hand(monkeypatch):
+    policy = AgentNetwork(observation_dim=1, num_agents=2, num_actions=2, horizon=1)
     logits = torch.tensor([[0.0, math.log(3)], [math.log(4), 0.0]]).view(1, 1, 2, 2)
-    assert bc_loss(logits, torch.tensor([[[1, 1]]])).item() == pytest.approx((math.log(4 / 3) + math.log(5)) / 2)
+    monkeypatch.setattr(policy, "_outputs", lambda *_: (logits, None))
+    loss = bc_loss(policy, torch.zeros(1, 1, 2, 1), torch.tensor([[[1, 1]]]), 1.0)
+    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(5)) / 2)
+
+
+def test_modes_against_a_slow_loop():
+    """The policy log sum_z w_z pi_z(a | o) and the likelihood sum_z w_z prod_t pi_z(a_t | o_t), whose gradient the loss has."""
+    torch.manual_seed(0)
+    policy = AgentNetwork(observation_dim=4, num_agents=2, num_actions=3, horizon=5, hidden_dim=16, num_modes=3).double()
+    with torch.no_grad():
+        policy.mode_logits.copy_(torch.tensor([0.0, 1.0, -0.5]))
+        policy.head.weight *= 10
+    observations, actions = torch.randn(4, 5, 2, 4, dtype=torch.float64), torch.randint(3, (4, 5, 2))
+    logits = policy._outputs(observations, 0, None)[0].unflatten(-1, (3, 3)).detach().numpy()
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)  # (B, T, A, num_modes, num_actions)
+    weights = policy.mode_logits.softmax(dim=0).tolist()
+    steps, log_joint = policy(observations)[0].exp().tolist(), policy.log_joint(observations, actions)
+    log_likelihood = 0.0
+    for b in range(4):
+        for i in range(2):
+            likelihood = np.array(weights)
+            for t in range(5):
+                mixture = sum(weights[z] * probabilities[b, t, i, z] for z in range(3))
+                np.testing.assert_allclose(steps[b][t][i], mixture, rtol=1e-9)
+                likelihood *= probabilities[b, t, i, :, actions[b, t, i]]
+            np.testing.assert_allclose(log_joint[b, i].tolist(), np.log(likelihood), rtol=1e-9)
+            log_likelihood += np.log(likelihood.sum())
+    nll = -log_joint.logsumexp(dim=-1).mean() / 5
+    assert nll.item() == pytest.approx(-log_likelihood / 40)
+    parameters = list(policy.parameters())
+    expected = torch.autograd.grad(nll, parameters, retain_graph=True)
+    for gradient, wanted in zip(
+        torch.autograd.grad(bc_loss(policy, observations, actions, 1.0), parameters), expected, strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_tells_two_players_apart(tmp_path):
+    """Half of the agents' trajectories prefer action 1, half action 4, whatever is seen. Step by step that is a coin toss; two
+    modes find both players, and a third does no harm."""
+    arrays = made_up_arrays(num_trajectories=2000, num_pairs=10)
+    rng = np.random.default_rng(1)
+    N, T, A = arrays["actions"].shape
+    favourite = np.where(rng.random((N, 1, A)) < 0.5, 1, 4)
+    arrays["actions"] = np.where(rng.random((N, T, A)) < 0.8, favourite, arrays["actions"]).astype(np.uint8)
+    data_path = tmp_path / "dataset.npz"
+    np.savez(data_path, **arrays)
+    metrics = {}
+    for num_modes in (1, 2, 3):
+        path = tmp_path / f"{num_modes}.pt"
+        args = Args(env="made-up", data_path=str(data_path), bc_path=str(path), num_modes=num_modes, **SMALL)
+        args.max_epochs, args.learning_rate = 8, 1e-2
+        train_bc.main(args)
+        metrics[num_modes] = torch.load(path, weights_only=True)["metrics"]
+    p, q = 0.8 + 0.2 / 7, 0.2 / 7
+    one_player = -(p * math.log(p) + 6 * q * math.log(q))
+    coin_toss = -((p + q) * math.log((p + q) / 2) + 5 * q * math.log(q))
+    assert metrics[1]["bc/mode_nll"] == pytest.approx(metrics[1]["bc/nll"], rel=1e-5)
+    assert metrics[1]["bc/nll"] == pytest.approx(coin_toss, abs=0.05)
+    for num_modes in (2, 3):
+        assert metrics[num_modes]["bc/mode_nll"] == pytest.approx(one_player + math.log(2) / T, abs=0.05)
 
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
@@ -68,7 +129,9 @@ def test_imitates_spread_better_than_chance(spread_data, tmp_path):
     metrics = torch.load(path, weights_only=True)["metrics"]
     assert metrics["bc/nll"] < 1.5 < math.log(5) and metrics["bc/accuracy"] > 0.35
     assert metrics["charts/test_return"] > -24.5  # random: -26.46
-    assert metrics["bc/nll"] == pytest.approx(min(nll for _, nll, _ in metrics["history"]))  # the best epoch is what is saved
+    assert metrics["bc/mode_nll"] == pytest.approx(
+        min(nll for _, nll, *_ in metrics["history"])
+    )  # the best epoch is what is saved
 
 
 def test_sees_neither_labels_nor_true_rewards_and_repeats_itself(spread_data, tmp_path):
@@ -91,7 +154,7 @@ def test_the_best_epoch_is_saved_and_patience_stops(made_up_data, tmp_path):
     args.learning_rate, args.max_epochs, args.patience = 1e-2, 100, 4
     train_bc.main(args)
     checkpoint = torch.load(path, weights_only=True)
-    losses = [nll for _, nll, _ in checkpoint["metrics"]["history"]]
+    losses = [nll for _, nll, *_ in checkpoint["metrics"]["history"]]
     best_epoch = 1 + int(np.argmin(losses))
     assert checkpoint["metrics"]["best_epoch"] == best_epoch and len(losses) == best_epoch + 4 < 100
-    assert checkpoint["metrics"]["bc/nll"] == pytest.approx(min(losses), rel=1e-6)
+    assert checkpoint["metrics"]["bc/mode_nll"] == pytest.approx(min(losses), rel=1e-6)

@@ -9,7 +9,16 @@ from conftest import made_up_arrays, same_weights, without
 import train_bc
 import train_reward
 import vdn_rlhf
-from vdn_rlhf import AgentNetwork, Args, RewardNetwork, td_lambda_targets, team_rewards, vdn_loss
+from vdn_rlhf import (
+    AgentNetwork,
+    Args,
+    RegularizedPolicy,
+    RewardNetwork,
+    kl_rewards,
+    standardized_rewards,
+    td_lambda_targets,
+    vdn_loss,
+)
 
 SMALL = dict(device="cpu", hidden_dim=32, num_layers=2)
 MODELS = {"reward": "reward-alpha1-seed1", "bc": "bc-seed1"}
@@ -23,47 +32,54 @@ def spread_models(spread_data) -> Path:
     return spread_data
 
 
-def slow_td_lambda(rewards, next_values, gamma, td_lambda):
+def slow_td_lambda(rewards, values, baselines, gamma, td_lambda):
     """The definition, one episode and one step at a time."""
     targets = np.zeros(rewards.shape)
     for b in range(rewards.shape[0]):
-        G = 0.0
+        G = V = B = 0.0  # after the last step
         for t in reversed(range(rewards.shape[1])):
-            V = next_values[b, t] if t < rewards.shape[1] - 1 else 0.0
-            G = rewards[b, t] + gamma * ((1 - td_lambda) * V + td_lambda * G)
-            targets[b, t] = G
+            G = rewards[b, t] + gamma * (V + td_lambda * (G - B))
+            V, B, targets[b, t] = values[b, t], baselines[b, t], G
     return targets
 
 
 @pytest.mark.parametrize("gamma, td_lambda", [(0.97, 0.8), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
 def test_targets_against_a_slow_loop(gamma, td_lambda):
     rng = np.random.default_rng(0)
-    rewards, next_values = rng.normal(size=(4, 7)), rng.normal(size=(4, 7))
-    fast = td_lambda_targets(torch.from_numpy(rewards), torch.from_numpy(next_values), gamma, td_lambda)
-    np.testing.assert_allclose(fast.numpy(), slow_td_lambda(rewards, next_values, gamma, td_lambda), atol=1e-12)
+    rewards, values, baselines = rng.normal(size=(3, 4, 7))
+    fast = td_lambda_targets(*map(torch.from_numpy, (rewards, values, baselines)), gamma, td_lambda)
+    np.testing.assert_allclose(fast.numpy(), slow_td_lambda(rewards, values, baselines, gamma, td_lambda), atol=1e-12)
 
 
-def test_no_bootstrap_past_the_end():
-    rewards, next_values = torch.zeros(1, 5), torch.zeros(1, 5)
-    next_values[:, -1] = 1e6
-    assert (td_lambda_targets(rewards, next_values, 0.9, 0.5) == 0).all()
+def test_off_policy_correction_removes_the_mistakes_of_the_behavior():
+    """Exact values of a chain in which every step pays 1 for action 1 and 0 for action 0: whatever the behavior does, the
+    corrected targets are the optimal Q-values of its actions, those of TD(lambda) are not."""
+    gamma, T = 0.9, 6
+    values = torch.tensor([[sum(gamma**k for k in range(T - t)) for t in range(T)]])  # V_t: pays 1 from t on
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 1.0]])
+    q_values = rewards + gamma * torch.nn.functional.pad(values[:, 1:], (0, 1))
+    for td_lambda in (0.5, 1.0):
+        torch.testing.assert_close(td_lambda_targets(rewards, values, q_values, gamma, td_lambda), q_values)
+        assert (td_lambda_targets(rewards, values, values, gamma, td_lambda) < q_values - 0.1).any()
 
 
-@pytest.mark.parametrize("network", ["mlp", "gru"])
-def test_loss_against_a_slow_double_q_loop(network):
+@pytest.mark.parametrize("network, off_policy", [("mlp", False), ("gru", False), ("mlp", True)])
+def test_loss_against_a_slow_double_q_loop(network, off_policy):
     torch.manual_seed(0)
     online = AgentNetwork(4, 3, 5, 6, network, hidden_dim=16, num_layers=2).double()
     target = AgentNetwork(4, 3, 5, 6, network, hidden_dim=16, num_layers=2).double()
     observations, rewards = torch.randn(2, 7, 3, 4, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     actions = torch.randint(5, (2, 6, 3))
-    loss = vdn_loss(online, target, observations, actions, rewards, 0.9, 0.6)
+    known = torch.randn(2, 6, 3, 5, dtype=torch.float64) if off_policy else torch.zeros(2, 6, 3, 5)
+    loss = vdn_loss(online, target, observations, actions, rewards, 0.9, 0.6, off_policy, known)
 
     errors = []
     for b in range(2):
-        q, target_q = (net(observations[b : b + 1, :-1])[0][0].detach().numpy() for net in (online, target))  # (T, A, U)
-        values = [sum(target_q[t, i, q[t, i].argmax()] for i in range(3)) for t in range(6)]
-        next_values = np.array([[*values[1:], 0.0]])
-        targets = slow_td_lambda(rewards[b : b + 1].numpy(), next_values, 0.9, 0.6)[0]
+        both = (net(observations[b : b + 1, :-1])[0][0].detach() + known[b] for net in (online, target))
+        q, target_q = (x.numpy() for x in both)  # (T, A, U)
+        values = np.array([[sum(target_q[t, i, q[t, i].argmax()] for i in range(3)) for t in range(6)]])
+        chosen = np.array([[sum(target_q[t, i, actions[b, t, i]] for i in range(3)) for t in range(6)]])
+        targets = slow_td_lambda(rewards[b : b + 1].numpy(), values, chosen if off_policy else values, 0.9, 0.6)[0]
         errors += [sum(q[t, i, actions[b, t, i]] for i in range(3)) - targets[t] for t in range(6)]
     assert loss.item() == pytest.approx(np.square(errors).mean(), rel=1e-6)
 
@@ -79,10 +95,12 @@ def test_team_reward_is_equation_3():
     with torch.no_grad():
         reference.head.weight *= 40  # so sharp that the clip acts on both sides
     stats = {"mean": 0.3, "std": 2.0}
+    r_std = standardized_rewards(reward_model, stats, observations, actions)
     r_phi = reward_model(observations[:, :-1], actions)[0].tolist()
     pi_ref = reference(observations[:, :-1])[0][0].softmax(dim=-1).tolist()
     for beta, clip in ((0.0, False), (2.0, False), (2.0, True)):
-        rewards = team_rewards(reward_model, stats, reference, observations, actions, beta, clip)
+        kl = kl_rewards(reference(observations[:, :-1])[0], beta, clip)
+        rewards = (r_std + kl.gather(-1, actions[..., None]).squeeze(-1)).sum(dim=-1)
         for t in range(5):
             expected = 0.0
             for i in range(2):
@@ -91,13 +109,64 @@ def test_team_reward_is_equation_3():
             assert rewards[0, t].item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_regularized_policy_adds_the_kl_term_to_what_is_learned():
+    torch.manual_seed(0)
+    shape = dict(observation_dim=4, num_agents=2, num_actions=3, horizon=5, hidden_dim=8)
+    for network in ("mlp", "gru"):
+        policy = RegularizedPolicy(shape | {"network": network}, shape | {"num_modes": 2}, beta=2.0, kl_clip=False)
+        observations, memory = torch.randn(3, 5, 2, 4), None
+        pi_ref = policy.reference(observations)[0].softmax(dim=-1)
+        expected = policy.values(observations)[0] + 2 * (pi_ref * 3).log()
+        torch.testing.assert_close(policy(observations)[0], expected)
+        for step in range(5):
+            output, memory = policy(observations[:, step : step + 1], step, memory)
+            torch.testing.assert_close(output[:, 0], expected[:, step])
+
+
+def two_players(share=0.8) -> AgentNetwork:
+    """A BC policy with two modes: with probability `share` a player of action 0, else one of action 1."""
+    bc_policy = AgentNetwork(2, 1, 2, 4, hidden_dim=8, num_modes=2)
+    with torch.no_grad():
+        bc_policy.head.weight.zero_()
+        bc_policy.head.bias.copy_(torch.tensor([5.0, -5.0, -5.0, 5.0]))
+        bc_policy.mode_logits.copy_(torch.tensor([share, 1 - share]).log())
+    return bc_policy.requires_grad_(False)
+
+
+def test_trajectories_are_weighed_by_what_their_modes_earn():
+    """The player of action 0 earns 1 on average, the other 3: the optimum multiplies their odds by exp(2 / beta)."""
+    actions = torch.tensor([0, 0, 0, 0, 1]).view(5, 1, 1).expand(5, 4, 1)
+    returns = torch.tensor([0.5, 1.5, 1.0, 1.0, 3.0])
+    for beta in (0.5, 2.0):
+        weights = vdn_rlhf.trajectory_weights(two_players(), torch.zeros(5, 5, 1, 2), actions, returns, beta)
+        torch.testing.assert_close(weights / weights[4], torch.tensor([[math.exp(-2 / beta)]] * 4 + [[1.0]]), rtol=1e-4, atol=0)
+
+
+def test_reference_imitates_the_trajectories_by_their_weights():
+    """beta 1000: the data as they are, four in five of action 0. beta 0.1: only the player that earns more."""
+    actions = (torch.arange(100) % 5 == 0).long().view(100, 1, 1).expand(100, 4, 1)
+    returns = 1 + 2 * actions[:, 0, 0].float()
+    shape = dict(observation_dim=2, num_agents=1, num_actions=2, horizon=4, hidden_dim=8, num_modes=2)
+    for beta, probability in ((1000.0, 0.2), (0.1, 1.0)):
+        torch.manual_seed(0)
+        args, generator = Args(beta=beta, imitation_updates=300), torch.Generator().manual_seed(0)
+        observations = torch.zeros(100, 5, 1, 2)
+        reference = vdn_rlhf.make_reference_policy(two_players(), shape, observations, actions, returns, args, generator)
+        assert reference.num_modes == 1
+        assert reference(observations[:1, :-1])[0].softmax(dim=-1)[0, 0, 0, 1].item() == pytest.approx(probability, abs=0.05)
+    args.imitation_updates, bc_policy = 0, two_players()
+    assert vdn_rlhf.make_reference_policy(bc_policy, shape, observations, actions, returns, args, generator) is bc_policy
+
+
 def test_labels_and_true_rewards_change_nothing(spread_models, tmp_path):
     keys = ("true_rewards", "labels", "pairs", "behavior", "deviator", "block")
     stripped = without(spread_models, keys, tmp_path / "stripped.npz")
     paths = [tmp_path / "with.pt", tmp_path / "without.pt", tmp_path / "again.pt"]
     models = {f"{name}_path": str(spread_models.parent / f"{file}.pt") for name, file in MODELS.items()}
     for data_path, path in zip((spread_models, stripped, spread_models), paths, strict=True):
-        vdn_rlhf.main(Args(data_path=str(data_path), vdn_path=str(path), num_updates=30, **models, **SMALL))
+        vdn_rlhf.main(
+            Args(data_path=str(data_path), vdn_path=str(path), num_updates=30, imitation_updates=30, **models, **SMALL)
+        )
     assert same_weights(paths[0], paths[1]) and same_weights(paths[0], paths[2])
     a, b, c = (torch.load(path, weights_only=True)["metrics"] for path in paths)
     assert a["history"] == b["history"] == c["history"]
@@ -119,7 +188,14 @@ def test_updates_follow_the_schedule_and_the_target_follows_the_online_network(s
 
     monkeypatch.setattr(vdn_rlhf, "vdn_loss", loss)
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    args = Args(data_path=str(spread_models), vdn_path=str(tmp_path / "vdn.pt"), num_updates=20, learning_rate=0.02, **SMALL)
+    args = Args(
+        data_path=str(spread_models),
+        vdn_path=str(tmp_path / "vdn.pt"),
+        num_updates=20,
+        imitation_updates=0,
+        learning_rate=0.02,
+        **SMALL,
+    )
     vdn_rlhf.main(args)
     expected = [0.01 * (1 + math.cos(math.pi * i / 20)) for i in range(20)]
     assert rates == pytest.approx(expected)
@@ -134,7 +210,7 @@ def test_spread_end_to_end(network, spread_models, tmp_path, capsys):
     """300 updates on 2,560 trajectories already beat the random policy by far; last and best are kept apart."""
     path = tmp_path / "vdn.pt"
     args = Args(data_path=str(spread_models), vdn_path=str(path), network=network, num_updates=300, learning_rate=3e-3)
-    args.device, args.hidden_dim = "cpu", 64
+    args.device, args.hidden_dim, args.imitation_updates = "cpu", 64, 100
     vdn_rlhf.main(args)
     last, best = (torch.load(p, weights_only=True) for p in (path, tmp_path / "vdn-best.pt"))
     returns = [entry["charts/test_return"] for entry in last["metrics"]["history"]]
@@ -170,7 +246,7 @@ def test_beta_pulls_towards_the_reference(spread_models, tmp_path):
     for beta in (0.0, 100.0):
         path = tmp_path / f"vdn-{beta:g}.pt"
         args = Args(beta=beta, data_path=str(spread_models), vdn_path=str(path), num_updates=300, learning_rate=3e-3)
-        args.device, args.hidden_dim, args.gamma = "cpu", 64, 0.5
+        args.device, args.hidden_dim, args.gamma, args.imitation_updates = "cpu", 64, 0.5, 100
         vdn_rlhf.main(args)
         log_pi_ref.append(torch.load(path, weights_only=True)["metrics"]["charts/log_pi_ref"])
     assert log_pi_ref[1] > log_pi_ref[0] + 0.2
@@ -182,11 +258,13 @@ def test_unknown_game_finds_the_best_policy(made_up_data, tmp_path, capsys):
     common = dict(env="made-up", data_path=str(made_up_data))
     train_reward.main(train_reward.Args(alpha=0.0, max_epochs=20, learning_rate=3e-3, **common, **SMALL))
     train_bc.main(train_bc.Args(max_epochs=2, **common, **SMALL))
-    vdn_rlhf.main(Args(alpha=0.0, beta=0.1, num_updates=600, learning_rate=3e-3, td_lambda=0.0, **common, **SMALL))
+    vdn_rlhf.main(
+        Args(alpha=0.0, beta=0.1, num_updates=600, imitation_updates=100, learning_rate=3e-3, td_lambda=0.0, **common, **SMALL)
+    )
     assert "evaluation skipped" in capsys.readouterr().out
     path = made_up_data.parent / "vdn-beta0.1-alpha0-seed1.pt"
     checkpoint = torch.load(path, weights_only=True)
-    network = vdn_rlhf.build_network(AgentNetwork, path, checkpoint, "cpu")
+    network = vdn_rlhf.build_network(RegularizedPolicy, path, checkpoint, "cpu")
     observations = torch.randn(200, 9, 4, 5, generator=torch.Generator().manual_seed(9))
     greedy = network(observations)[0].argmax(dim=-1)  # (B, T, A)
     assert (greedy == torch.arange(4)).float().mean() > 0.9
