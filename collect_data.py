@@ -195,7 +195,7 @@ def set_up(args) -> torch.device:
             and value == 0
         ):
             raise UserError(f"{flag}: must be above 0")
-        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
+        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
@@ -211,12 +211,6 @@ def set_up(args) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     return device
-
-
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
-    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
@@ -673,11 +667,12 @@ class AgentNetwork(nn.Module):
 
     def _head(self, x):
         """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
-        outputs = self.head(x)
+        with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
+            outputs = self.head(x.to(self.head.weight.dtype))
         if self.num_words:
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs  # bfloat16: under mixed_precision
+        return outputs
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -757,13 +752,13 @@ def td_lambda_targets(rewards, values, baselines, gamma: float, td_lambda: float
     an action with the later mistakes of the behavior. With B_t = Q_t(a_t) these are taken out again: Q(lambda) with
     off-policy corrections (Harutyunyan et al., 2016).
 
-    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (V_{k+1} - lambda * B_{k+1})): one product."""
+    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (V_{k+1} - lambda * B_{k+1}))."""
     T = rewards.shape[1]
     steps = torch.arange(T, device=rewards.device)
     lag = steps[:, None] - steps[None, :]  # (k, t)
     decay = torch.where(lag >= 0, (gamma * td_lambda) ** lag.clamp(min=0).to(rewards.dtype), 0)
     bootstrap = F.pad((values - td_lambda * baselines)[:, 1:], (0, 1))
-    return (rewards + gamma * bootstrap) @ decay
+    return ((rewards + gamma * bootstrap)[:, :, None] * decay).sum(dim=1)  # no matrix product: in full precision
 
 
 def vdn_loss(

@@ -124,7 +124,7 @@ def set_up(args) -> torch.device:
             and value == 0
         ):
             raise UserError(f"{flag}: must be above 0")
-        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
+        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
@@ -140,12 +140,6 @@ def set_up(args) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     return device
-
-
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
-    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
@@ -602,11 +596,12 @@ class AgentNetwork(nn.Module):
 
     def _head(self, x):
         """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
-        outputs = self.head(x)
+        with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
+            outputs = self.head(x.to(self.head.weight.dtype))
         if self.num_words:
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs  # bfloat16: under mixed_precision
+        return outputs
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -632,9 +627,13 @@ class RegularizedPolicy(nn.Module):
         super().__init__()
         self.values = AgentNetwork(**values) if isinstance(values, dict) else values
         self.reference = AgentNetwork(**reference) if isinstance(reference, dict) else reference
-        self.beta, self.kl_clip = beta, kl_clip
+        self.beta, self.kl_clip = float(beta), bool(kl_clip)
         for name in ("observation_dim", "num_agents", "num_actions", "horizon"):
             setattr(self, name, getattr(self.values, name))
+            if getattr(self.values, name) != getattr(self.reference, name):
+                raise ValueError(f"values and reference differ in {name}")
+        if not math.isfinite(self.beta):
+            raise ValueError(f"beta is {beta}")
 
     def forward(self, observations, first_step=0, memory=None):
         """As AgentNetwork: observations (B, T, A, D) -> Q-values (B, T, A, num_actions), memory of both networks."""

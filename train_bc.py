@@ -9,7 +9,7 @@ Logged metrics (stdout, `metrics` in the file and, with --track, wandb):
     bc/mode_nll                 -log p(tau_i) per action on held-out trajectories, p(tau_i) = sum_z w_z prod_t pi_z(a | o_i)
     bc/nll                      the same where the mode is drawn anew at every step: pi(a | o_i) = sum_z w_z pi_z(a | o_i)
     bc/accuracy                 share of held-out actions that are the most probable one
-    charts/test_return          mean over agents of the undiscounted return of the sampled policy, fresh episodes
+    charts/test_return          mean over agents of the undiscounted return of the sampled pi(a | o_i), fresh episodes
     charts/score                the same on the scale random policy = 0, best expert of the paper's authors = 100 (tag: ours)
     charts/greedy_test_return   return when every agent plays its most probable action
 
@@ -168,7 +168,7 @@ def set_up(args) -> torch.device:
             and value == 0
         ):
             raise UserError(f"{flag}: must be above 0")
-        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
+        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
@@ -186,12 +186,6 @@ def set_up(args) -> torch.device:
     return device
 
 
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
-    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
-
-
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
     """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
     if not args.track:
@@ -203,6 +197,18 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
     except Exception as error:
         raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     return lambda metrics, step: run.log(metrics, step=step)
+
+
+# --- end shared block ---
+
+
+# --- shared block: mixed_precision ---
+# Origin: train_reward.py.
+def mixed_precision(enabled: bool, device: torch.device):
+    """Context for training in which the hidden layers multiply in bfloat16, where the CPU has instructions for that. The last
+    layers, losses and targets stay in float32."""
+    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 # --- end shared block ---
@@ -724,11 +730,12 @@ class AgentNetwork(nn.Module):
 
     def _head(self, x):
         """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
-        outputs = self.head(x)
+        with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
+            outputs = self.head(x.to(self.head.weight.dtype))
         if self.num_words:
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs  # bfloat16: under mixed_precision
+        return outputs
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -877,7 +884,7 @@ def main(args: Args) -> None:
         progress.set_postfix(nll=f"{metrics['bc/mode_nll']:.4f}")
         if metrics["bc/mode_nll"] < best_nll:
             best_nll, best_epoch, best_weights = metrics["bc/mode_nll"], epoch, copy.deepcopy(policy.state_dict())
-        elif epoch - best_epoch >= args.patience:
+        elif update > args.annealing * num_updates and epoch - best_epoch >= args.patience:
             break
     progress.close()
     if best_weights is None:

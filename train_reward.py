@@ -171,7 +171,7 @@ def set_up(args) -> torch.device:
             and value == 0
         ):
             raise UserError(f"{flag}: must be above 0")
-        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
+        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
@@ -189,12 +189,6 @@ def set_up(args) -> torch.device:
     return device
 
 
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
-    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
-
-
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
     """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
     if not args.track:
@@ -206,6 +200,18 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
     except Exception as error:
         raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     return lambda metrics, step: run.log(metrics, step=step)
+
+
+# --- end shared block ---
+
+
+# --- shared block: mixed_precision ---
+# Origin: train_reward.py.
+def mixed_precision(enabled: bool, device: torch.device):
+    """Context for training in which the hidden layers multiply in bfloat16, where the CPU has instructions for that. The last
+    layers, losses and targets stay in float32."""
+    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 # --- end shared block ---
@@ -429,7 +435,8 @@ class RewardNetwork(nn.Module):
             x = x.unflatten(0, (B, A)).transpose(1, 2)
         else:
             x = self.body(x)
-        return self.head(x).squeeze(-1)
+        with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
+            return self.head(x.to(self.head.weight.dtype)).squeeze(-1)
 
 
 # --- end shared block ---
@@ -569,7 +576,7 @@ def main(args: Args) -> None:
         for i in torch.randperm(len(training), generator=generator).tolist():
             trajectories, pairs, labels = training[i]
             with mixed_precision(args.bf16, device):
-                rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories]).float()
+                rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories])
             loss, _, _ = reward_loss(rewards, pairs, labels, args.alpha)
             optimizer.zero_grad()
             loss.backward()

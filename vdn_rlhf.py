@@ -199,7 +199,7 @@ def set_up(args) -> torch.device:
             and value == 0
         ):
             raise UserError(f"{flag}: must be above 0")
-        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback")
+        shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
     torch.set_num_threads(args.num_threads)
@@ -217,12 +217,6 @@ def set_up(args) -> torch.device:
     return device
 
 
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context in which matrix products are in bfloat16, where the CPU has instructions for them (three times as fast)."""
-    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
-
-
 def start_tracking(args, name: str) -> Callable[[dict, int], None]:
     """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
     if not args.track:
@@ -234,6 +228,18 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
     except Exception as error:
         raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     return lambda metrics, step: run.log(metrics, step=step)
+
+
+# --- end shared block ---
+
+
+# --- shared block: mixed_precision ---
+# Origin: train_reward.py.
+def mixed_precision(enabled: bool, device: torch.device):
+    """Context for training in which the hidden layers multiply in bfloat16, where the CPU has instructions for that. The last
+    layers, losses and targets stay in float32."""
+    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
 
 
 # --- end shared block ---
@@ -457,7 +463,8 @@ class RewardNetwork(nn.Module):
             x = x.unflatten(0, (B, A)).transpose(1, 2)
         else:
             x = self.body(x)
-        return self.head(x).squeeze(-1)
+        with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
+            return self.head(x.to(self.head.weight.dtype)).squeeze(-1)
 
 
 # --- end shared block ---
@@ -793,11 +800,12 @@ class AgentNetwork(nn.Module):
 
     def _head(self, x):
         """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
-        outputs = self.head(x)
+        with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
+            outputs = self.head(x.to(self.head.weight.dtype))
         if self.num_words:
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs  # bfloat16: under mixed_precision
+        return outputs
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -823,9 +831,13 @@ class RegularizedPolicy(nn.Module):
         super().__init__()
         self.values = AgentNetwork(**values) if isinstance(values, dict) else values
         self.reference = AgentNetwork(**reference) if isinstance(reference, dict) else reference
-        self.beta, self.kl_clip = beta, kl_clip
+        self.beta, self.kl_clip = float(beta), bool(kl_clip)
         for name in ("observation_dim", "num_agents", "num_actions", "horizon"):
             setattr(self, name, getattr(self.values, name))
+            if getattr(self.values, name) != getattr(self.reference, name):
+                raise ValueError(f"values and reference differ in {name}")
+        if not math.isfinite(self.beta):
+            raise ValueError(f"beta is {beta}")
 
     def forward(self, observations, first_step=0, memory=None):
         """As AgentNetwork: observations (B, T, A, D) -> Q-values (B, T, A, num_actions), memory of both networks."""
@@ -913,13 +925,13 @@ def td_lambda_targets(rewards, values, baselines, gamma: float, td_lambda: float
     an action with the later mistakes of the behavior. With B_t = Q_t(a_t) these are taken out again: Q(lambda) with
     off-policy corrections (Harutyunyan et al., 2016).
 
-    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (V_{k+1} - lambda * B_{k+1})): one product."""
+    Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (V_{k+1} - lambda * B_{k+1}))."""
     T = rewards.shape[1]
     steps = torch.arange(T, device=rewards.device)
     lag = steps[:, None] - steps[None, :]  # (k, t)
     decay = torch.where(lag >= 0, (gamma * td_lambda) ** lag.clamp(min=0).to(rewards.dtype), 0)
     bootstrap = F.pad((values - td_lambda * baselines)[:, 1:], (0, 1))
-    return (rewards + gamma * bootstrap) @ decay
+    return ((rewards + gamma * bootstrap)[:, :, None] * decay).sum(dim=1)  # no matrix product: in full precision
 
 
 def vdn_loss(
@@ -954,30 +966,36 @@ def standardized_rewards(reward_model, reward_stats: dict, observations, actions
 
 @torch.no_grad()
 def trajectory_weights(bc_policy: AgentNetwork, observations, actions, team_returns, beta: float) -> torch.Tensor:
-    """How much more often than the behavior the KL-regularized optimum plays as in each trajectory, (N, A) up to a factor.
+    """How much more often than the behavior pi_ref is to play as in each trajectory, (N, A) up to a factor.
 
-    Over policies that draw their mode z before the first step, max E[R] - beta * KL(pi || behavior) has the optimum p(z)
+    Over policies that draw a mode z before the first step, max E[R] - beta * KL(pi || behavior) has the optimum p(z)
     proportional to w_z exp(E[R | z] / beta). R is the learned return of the team: r_std summed over agents and steps, (N,).
-    In which mode agent i was is known up to the posterior p(z | tau_i)."""
+    Every agent is taken for itself, whatever the modes of the others; its own is known up to the posterior p(z | tau_i)."""
     chunks = zip(observations.split(1024), actions.split(1024), strict=True)
     posterior = torch.cat([bc_policy.log_joint(o[:, :-1], a).softmax(dim=-1) for o, a in chunks])  # (N, A, num_modes)
     total = posterior.sum(dim=(0, 1))
     mode_returns = (posterior * team_returns[:, None, None]).sum(dim=(0, 1)) / total.clamp(min=1e-8)
-    mode_returns = mode_returns.where(total > 1e-3 * total.sum(), -torch.inf)  # of next to no trajectory: not known
-    return (posterior * ((mode_returns - mode_returns.max()) / beta).exp()).sum(dim=-1)
+    for share, mode_return in zip((total / total.sum()).tolist(), mode_returns.tolist(), strict=True):
+        print(f"mode of the behavior: {share:6.1%} of the trajectories, mean learned return of the team {mode_return:.2f}")
+    mode_returns = mode_returns.where(total > 0.01 * total.sum(), -torch.inf)  # of too few trajectories to know
+    return (posterior * ((mode_returns - mode_returns.max()).double() / beta).exp().float()).sum(dim=-1)
 
 
 def make_reference_policy(bc_policy: AgentNetwork, shape: dict, observations, actions, team_returns, args: Args, generator):
     """pi_ref: imitation of the reweighted trajectories by a network of that shape. Without modes, or without a KL term that
     says how much to trust them, it is the BC policy."""
     if bc_policy.num_modes == 1 or args.beta == 0 or args.imitation_updates == 0:
+        print("pi_ref is the BC policy: " + ("it has one mode" if bc_policy.num_modes == 1 else "no reweighting asked for"))
         return bc_policy
     weights = trajectory_weights(bc_policy, observations, actions, team_returns, args.beta)
+    # On the CPU, because CUDA adds in an order of its own.
+    cumulative = weights.sum(dim=1).double().cpu().cumsum(dim=0).to(observations.device)
     policy = AgentNetwork(**shape | {"num_modes": 1}).to(observations.device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.imitation_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.imitation_updates)
     for _ in tqdm(range(args.imitation_updates), desc="imitation, reweighted", unit="update", mininterval=1):
-        batch = torch.multinomial(weights.sum(dim=1), args.batch_size, replacement=True, generator=generator)
+        uniform = torch.rand(args.batch_size, dtype=torch.float64, generator=generator, device=generator.device)
+        batch = torch.searchsorted(cumulative, uniform * cumulative[-1]).clamp(max=len(weights) - 1)
         share = weights[batch] / weights[batch].sum(dim=1, keepdim=True)  # (B, A), as every episode is drawn by its sum
         with mixed_precision(args.bf16, observations.device):
             logits, _ = policy(observations[batch, :-1])
@@ -987,6 +1005,8 @@ def make_reference_policy(bc_policy: AgentNetwork, shape: dict, observations, ac
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    if not math.isfinite(loss.item()):
+        raise UserError(f"the imitation for pi_ref ended with the loss {loss.item()}; try a smaller --imitation-learning-rate")
     return policy.requires_grad_(False)
 
 
@@ -1007,10 +1027,10 @@ def learn_policy(args: Args, game, shape: dict, observations, actions, rewards, 
     return (None for a game that cannot be played), metrics."""
     device, actions = rewards.device, actions.long()
     log_pi_ref = [
-        reference_policy(chunk[:, :-1])[0].log_softmax(dim=-1).half()
+        reference_policy(chunk[:, :-1])[0].log_softmax(dim=-1)
         for chunk in tqdm(observations.split(1024), desc="reference policy", unit="chunk", mininterval=1)
     ]
-    log_pi_ref = torch.cat(log_pi_ref)  # (N, T, A, num_actions), the largest array of all, hence in half precision
+    log_pi_ref = torch.cat(log_pi_ref)  # (N, T, A, num_actions)
 
     online = AgentNetwork(**shape).to(device)
     target = copy.deepcopy(online).requires_grad_(False)
@@ -1024,7 +1044,7 @@ def learn_policy(args: Args, game, shape: dict, observations, actions, rewards, 
     start, evaluation_time = time.time(), 0.0
     for update in progress:
         batch = torch.randint(len(rewards), (args.batch_size,), generator=generator, device=device)
-        kl = kl_rewards(log_pi_ref[batch].float(), args.beta, args.kl_clip)  # (B, T, A, num_actions)
+        kl = kl_rewards(log_pi_ref[batch], args.beta, args.kl_clip)  # (B, T, A, num_actions)
         team_rewards = rewards[batch] + kl.gather(-1, actions[batch][..., None]).sum(dim=(-1, -2))  # Eq. (3)
         episodes, known = (observations[batch], actions[batch], team_rewards), kl if args.known_kl else 0.0
         with mixed_precision(args.bf16, device):
@@ -1168,6 +1188,7 @@ def main(args: Args) -> None:
     machine = {"device": args.device, "num-threads": args.num_threads, "deterministic": args.deterministic, "track": args.track}
     make_missing([(data_path, bool(args.data_path), "collect_data.py", common | machine)])
     common |= {"seed": args.seed, "preset": preset[1:], "data-path": args.data_path}
+    common |= {"no-bf16": not args.bf16 and args.preset == "default"}
     reward_job = (reward_path, bool(args.reward_path), "train_reward.py", common | {"alpha": args.alpha} | machine)
     make_missing([reward_job, (bc_path, bool(args.bc_path), "train_bc.py", common | machine)])
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Why the scores are what they are: one setting after the other put back, and one learned part after the other swapped for the
 # truth, on the dataset that the settings were chosen on (seed 1, training seeds 1 to 3). Every finished run
-# is a small file in benchmark/results/ablations/ and is skipped, so that this can be stopped and started again; delete them
-# when the code changed. Three minutes of one core a run.
+# is a small file in benchmark/results/ablations/ and is skipped, so that this can be stopped and started again; when
+# the code changed, delete them and the models in runs/*/diversified. Three minutes of one core a run.
 #
 #   bash benchmark/ablations.sh                      spread, reference and tag, two processes at a time, then the table
 #   bash benchmark/ablations.sh spread 1             one game and seed, then the table
@@ -47,9 +47,13 @@ run_one() { # a failed run names its command and its log, and fails the script
 
 make_models() { # reward model and BC policies of one game and seed
   local game=$1 seed=$2 folder=runs/$1/diversified
-  [ -e "$folder/reward-alpha1-seed$seed.pt" ] || python train_reward.py --env "$game" --seed "$seed"
-  [ -e "$folder/bc-seed$seed.pt" ] || python train_bc.py --env "$game" --seed "$seed"
-  [ -e "$folder/bc-one-mode-seed$seed.pt" ] || python train_bc.py --env "$game" --seed "$seed" --num-modes 1 --run-name one-mode
+  local log=runs/logs/ablation-models-$game-$seed.log
+  {
+    { [ -e "$folder/reward-alpha1-seed$seed.pt" ] || python train_reward.py --env "$game" --seed "$seed"; } &&
+      { [ -e "$folder/bc-seed$seed.pt" ] || python train_bc.py --env "$game" --seed "$seed"; } &&
+      { [ -e "$folder/bc-one-mode-seed$seed.pt" ] ||
+        python train_bc.py --env "$game" --seed "$seed" --num-modes 1 --run-name one-mode; }
+  } >"$log" 2>&1 || { echo "failed: models of $game, seed $seed (see $log)" >&2; return 255; }
 }
 export -f run_one make_models
 
@@ -59,7 +63,7 @@ if [ "$games" != table ]; then
   done
   for seed in $seeds; do
     for game in $games; do echo "$game $seed"; done
-  done | xargs -P 2 -L 1 bash -c 'make_models "$@" >>"runs/logs/ablation-models-$1-$2.log" 2>&1' _
+  done | xargs -P 2 -L 1 bash -c 'make_models "$@"' _
   for seed in $seeds; do
     for game in $games; do settings | sed "s/^/$game $seed /"; done
   done | xargs -P 2 -L 1 bash -c 'run_one "$@"' _

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from vdn_rlhf import make_game
+
 GAMES, SEEDS = ("spread", "reference", "tag"), range(4, 9)
 PAPER = {  # scores of the paper's Table 2: its returns on the scale of the authors' random policy and expert in its own units
     "diversified": (35, 53, 65),
@@ -22,13 +25,10 @@ PAPER = {  # scores of the paper's Table 2: its returns on the scale of the auth
 def summarize(vdn_path: str, report_path: str, bc_report_path: str, result_path: str) -> None:
     checkpoint = torch.load(vdn_path, weights_only=True)
     report, bc_report = (json.loads(Path(path).read_text()) for path in (report_path, bc_report_path))
-    points = (report["charts/score"] - bc_report["charts/score"]) / (
-        report["charts/test_return"] - bc_report["charts/test_return"]
-    )
-    reference_return = checkpoint["metrics"]["charts/reference_return"]
+    reference_report = make_game(report["env"]).metrics(checkpoint["metrics"]["charts/reference_return"])
     result = {name: checkpoint["args"][name] for name in ("env", "dataset", "seed", "alpha", "beta")}
     result |= {"return": report["charts/test_return"], "score": report["charts/score"], "bc_score": bc_report["charts/score"]}
-    result["reference_score"] = report["charts/score"] + points * (reference_return - report["charts/test_return"])
+    result |= {"reference_score": reference_report["charts/score"], "torch": torch.__version__}
     Path(result_path).write_text(json.dumps(result) + "\n")
 
 
@@ -39,8 +39,12 @@ def mean_and_deviation(results: list[dict], key: str) -> str:
 
 def main() -> None:
     print("# Scores of the default settings: what `bash benchmark/scores.sh` measured\n")
-    print("torch 2.13.0 on CPU. Dataset seed 2, training seeds 4 to 8, alpha 1, beta 1 (tag: 3), last checkpoint, 4,096 fresh")
-    print("episodes for every policy (`evaluate.py --seed 12345`); mean ± standard deviation over training seeds. The last")
+    print(
+        "On CPU. Dataset seed 2, training seeds 4 to 8, alpha 1, beta 1 (tag: 3), last checkpoint, 4,096 fresh episodes for every"
+    )
+    print(
+        "policy (`evaluate.py --seed 12345`; pi_ref: other start states); mean ± standard deviation over training seeds. The last"
+    )
     print("three columns: the scores of pi_ref and of the BC policy, greedy, and of the paper's Table 2.\n")
     print("| game | data | seeds | return | score | lowest | pi_ref | BC | paper |\n|---|---|---|---|---|---|---|---|---|")
     for mixture, published in PAPER.items():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main result: scores of the learned policies with the default settings, five training seeds (4 to 8) on datasets (seed 2)
 # that no setting was chosen on. Every finished run is a small file in benchmark/results/scores/ and is skipped, so that this
-# can be stopped and started again; delete them when the code changed. Six minutes of one core a run, six core hours in all.
+# can be stopped and started again; when the code changed, delete them and runs/*/*-data2. Six minutes of one core a run.
 #
 #   bash benchmark/scores.sh                      everything, two processes at a time, logs in runs/logs/, then the table
 #   bash benchmark/scores.sh spread diversified   one game and mixture, then the table
@@ -19,11 +19,11 @@ run_one() { # a failed run names its log, and fails the script
   local result=benchmark/results/scores/$game-$mixture-$seed.json
   [ -e "$result" ] && return
   {
-    [ -e "$folder/$vdn.pt" ] ||
-      python vdn_rlhf.py --env "$game" --dataset "$mixture" --seed "$seed" --data-path "$folder/dataset.npz"
-    python evaluate.py --policy-path "$folder/$vdn.pt" --seed 12345 --json-path "$log.json"
-    python evaluate.py --policy-path "$folder/bc-seed$seed.pt" --seed 12345 --json-path "$log-bc.json"
-    python benchmark/score_table.py "$folder/$vdn.pt" "$log.json" "$log-bc.json" "$result"
+    { [ -e "$folder/$vdn.pt" ] ||
+      python vdn_rlhf.py --env "$game" --dataset "$mixture" --seed "$seed" --data-path "$folder/dataset.npz"; } &&
+      python evaluate.py --policy-path "$folder/$vdn.pt" --seed 12345 --json-path "$log.json" &&
+      python evaluate.py --policy-path "$folder/bc-seed$seed.pt" --seed 12345 --json-path "$log-bc.json" &&
+      python benchmark/score_table.py "$folder/$vdn.pt" "$log.json" "$log-bc.json" "$result"
   } >"$log.log" 2>&1 || { echo "failed: $game $mixture seed $seed (see $log.log)" >&2; return 255; }
   echo "done: $game $mixture seed $seed"
 }

@@ -163,8 +163,8 @@ def test_dataset_of_another_count(spread_data, tmp_path):
     [("reference", "reference", {}), ("tag", "tag", {}), ("spread-5x4", "spread", {"num_agents": 5, "num_landmarks": 4})],
 )
 def test_whole_pipeline(name, env, counts, tmp_path, monkeypatch, capsys):
-    """Every stage runs on every game and every file names it. Where policies are shipped, a few updates on a small dataset already
-    beat the random policy; elsewhere policies of eight updates and a uniform prey stand in."""
+    """Every stage runs on every game and every file names it. Where policies are shipped, few updates on a small dataset beat
+    the random policy; elsewhere policies of eight updates and a uniform prey stand in."""
     monkeypatch.chdir(tmp_path)
     common = dict(env=env, device="cpu", **counts)
     stand_in = {}

@@ -151,7 +151,7 @@ def test_the_best_epoch_is_saved_and_patience_stops(made_up_data, tmp_path):
     """54 training trajectories of uniformly random actions: every epoch makes the held-out likelihood worse."""
     path = tmp_path / "bc.pt"
     args = Args(env="made-up", data_path=str(made_up_data), bc_path=str(path), device="cpu", hidden_dim=64, batch_size=8)
-    args.learning_rate, args.max_epochs, args.patience = 1e-2, 100, 4
+    args.learning_rate, args.max_epochs, args.patience, args.annealing = 1e-2, 100, 4, 0.0
     train_bc.main(args)
     checkpoint = torch.load(path, weights_only=True)
     losses = [nll for _, nll, *_ in checkpoint["metrics"]["history"]]
