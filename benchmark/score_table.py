@@ -39,13 +39,11 @@ def mean_and_deviation(results: list[dict], key: str) -> str:
 
 def main() -> None:
     print("# Scores of the default settings: what `bash benchmark/scores.sh` measured\n")
+    print("On CPU. Dataset seed 2, training seeds 4 to 8, alpha 1, beta 1 (tag: 3), last checkpoint, 4,096 fresh episodes for")
     print(
-        "On CPU. Dataset seed 2, training seeds 4 to 8, alpha 1, beta 1 (tag: 3), last checkpoint, 4,096 fresh episodes for every"
+        "every policy (`evaluate.py --seed 12345`; pi_ref: other start states); mean ± standard deviation over training seeds."
     )
-    print(
-        "policy (`evaluate.py --seed 12345`; pi_ref: other start states); mean ± standard deviation over training seeds. The last"
-    )
-    print("three columns: the scores of pi_ref and of the BC policy, greedy, and of the paper's Table 2.\n")
+    print("In the last three columns the scores of pi_ref and of the BC policy, greedy, and of the paper's Table 2.\n")
     print("| game | data | seeds | return | score | lowest | pi_ref | BC | paper |\n|---|---|---|---|---|---|---|---|---|")
     for mixture, published in PAPER.items():
         for game, paper in zip(GAMES, published, strict=True):

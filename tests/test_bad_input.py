@@ -193,6 +193,31 @@ def test_models_of_other_dimensions(spread_data, made_up_data, tmp_path):
     assert not (tmp_path / "vdn.pt").exists()
 
 
+def test_learned_policies_whose_parts_do_not_fit(tmp_path):
+    shape = dict(observation_dim=18, num_agents=3, num_actions=5, horizon=25, hidden_dim=8)
+    path, args = tmp_path / "vdn.pt", evaluate.Args(policy_path=str(tmp_path / "vdn.pt"), num_episodes=2, device="cpu")
+
+    def save(**changed):
+        parts = dict(values=shape, reference=shape, beta=1.0, kl_clip=False) | changed
+        weights = {
+            f"{name}.{key}": tensor
+            for name in ("values", "reference")
+            for key, tensor in evaluate.AgentNetwork(**(parts[name] if isinstance(parts[name], dict) else shape))
+            .state_dict()
+            .items()
+        }
+        meta = dict(env="spread", network=parts)
+        torch.save(dict(format=1, kind="vdn", args={}, meta=meta, state_dict=weights, stats={}, metrics={}), path)
+
+    save()
+    evaluate.main(args)
+    others = ({"observation_dim": 4}, {"num_actions": 1}, {"horizon": 9})
+    for changed in ({"beta": float("nan")}, {"beta": None}, {"values": 3}, *({"reference": shape | other} for other in others)):
+        save(**changed)
+        with pytest.raises(evaluate.UserError, match=r"vdn.pt: 'state_dict' or 'meta' is damaged"):
+            evaluate.main(args)
+
+
 @pytest.mark.parametrize("named", ["data_path", "reward_path", "bc_path"])
 def test_named_files_must_exist(named, spread_data, tmp_path):
     files = dict(data_path=str(spread_data), reward_path=str(EXPERT), bc_path=str(EXPERT))

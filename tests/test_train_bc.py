@@ -121,6 +121,18 @@ def test_recovers_a_known_behavior_policy(network, tmp_path):
     assert "charts/test_return" not in checkpoint["metrics"]
 
 
+def test_modes_are_told_apart_slowly(made_up_data, tmp_path, monkeypatch):
+    """The sharpness of their posterior grows as the square of the time until a quarter of the updates is done."""
+    sharpness, real_loss = [], train_bc.bc_loss
+    monkeypatch.setattr(train_bc, "bc_loss", lambda *args: (sharpness.append(args[-1]), real_loss(*args))[1])
+    args = Args(
+        env="made-up", data_path=str(made_up_data), bc_path=str(tmp_path / "bc.pt"), batch_size=7, **SMALL | {"max_epochs": 5}
+    )
+    train_bc.main(args)
+    n = len(sharpness)
+    assert n == 40 and sharpness == pytest.approx([min(i / 10, 1) ** 2 for i in range(40)])
+
+
 def test_imitates_spread_better_than_chance(spread_data, tmp_path):
     path = tmp_path / "bc.pt"
     train_bc.main(

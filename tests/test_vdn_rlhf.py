@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import made_up_arrays, same_weights, without
 
+import evaluate
 import train_bc
 import train_reward
 import vdn_rlhf
@@ -142,6 +143,21 @@ def test_trajectories_are_weighed_by_what_their_modes_earn():
         torch.testing.assert_close(weights / weights[4], torch.tensor([[math.exp(-2 / beta)]] * 4 + [[1.0]]), rtol=1e-4, atol=0)
 
 
+def test_every_agent_is_weighed_by_its_own_mode():
+    """Agent 1 always plays as player 0, agent 0 too in half of the trajectories, which earn 1; where it plays as player 1 the
+    team earns 3. A third player that earns 100 was seen once: too rarely to be followed."""
+    bc_policy = AgentNetwork(2, 2, 3, 4, hidden_dim=8, num_modes=3).requires_grad_(False)
+    bc_policy.head.weight.zero_()
+    bc_policy.head.bias.copy_(10 * torch.eye(3).flatten())  # player z plays action z
+    actions = torch.tensor([[0, 0]] * 150 + [[1, 0]] * 150 + [[2, 2]])
+    returns = torch.tensor([1.0] * 150 + [3.0] * 150 + [100.0])
+    actions = actions[:, None].expand(301, 4, 2)
+    weights = vdn_rlhf.trajectory_weights(bc_policy, torch.zeros(301, 5, 2, 2), actions, returns, beta=2.0)
+    low = math.exp(((1 + 1 + 3) / 3 - 3) / 2)
+    expected = torch.tensor([[low, low]] * 150 + [[1.0, low]] * 150 + [[0.0, 0.0]])
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_reference_imitates_the_trajectories_by_their_weights():
     """beta 1000: the data as they are, four in five of action 0. beta 0.1: only the player that earns more."""
     actions = (torch.arange(100) % 5 == 0).long().view(100, 1, 1).expand(100, 4, 1)
@@ -170,6 +186,47 @@ def test_labels_and_true_rewards_change_nothing(spread_models, tmp_path):
     assert same_weights(paths[0], paths[1]) and same_weights(paths[0], paths[2])
     a, b, c = (torch.load(path, weights_only=True)["metrics"] for path in paths)
     assert a["history"] == b["history"] == c["history"]
+
+
+@pytest.mark.parametrize("known_kl", [True, False])
+def test_the_loss_gets_equation_3(known_kl, spread_models, tmp_path, monkeypatch):
+    """Rewards with the KL term of the actions taken; the same term for all actions where it is known, else nothing."""
+    calls, real_loss = [], vdn_rlhf.vdn_loss
+    monkeypatch.setattr(vdn_rlhf, "vdn_loss", lambda *args: (calls.append(args), real_loss(*args))[1])
+    args = Args(data_path=str(spread_models), vdn_path=str(tmp_path / "vdn.pt"), num_updates=1, imitation_updates=0, **SMALL)
+    args.beta, args.known_kl = 2.0, known_kl
+    vdn_rlhf.main(args)
+    _, _, observations, actions, rewards, gamma, td_lambda, off_policy, known = calls[0]
+    paths = {name: spread_models.parent / f"{file}.pt" for name, file in MODELS.items()}
+    checkpoints = {name: vdn_rlhf.load_checkpoint(path, (name,)) for name, path in paths.items()}
+    reward_model = vdn_rlhf.build_network(RewardNetwork, paths["reward"], checkpoints["reward"], "cpu")
+    reference = vdn_rlhf.build_network(AgentNetwork, paths["bc"], checkpoints["bc"], "cpu")
+    log_pi_ref = reference(observations[:, :-1])[0].log_softmax(dim=-1)
+    kl = 2 * (log_pi_ref + math.log(5))
+    expected = standardized_rewards(reward_model, checkpoints["reward"]["stats"], observations, actions).sum(dim=-1)
+    expected += sum(kl[:, :, i].gather(-1, actions[:, :, i : i + 1]).squeeze(-1) for i in range(3))
+    torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-3)
+    assert (gamma, td_lambda, off_policy) == (0.9, 0.8, True)
+    if known_kl:
+        torch.testing.assert_close(known, kl, rtol=1e-4, atol=1e-3)
+    else:
+        assert known == 0
+
+
+def test_bfloat16_stays_out_of_outputs_and_targets():
+    torch.manual_seed(0)
+    network, other = AgentNetwork(4, 3, 5, 6), AgentNetwork(4, 3, 5, 6)
+    observations, actions, rewards = torch.randn(8, 7, 3, 4), torch.randint(5, (8, 6, 3)), 10 * torch.randn(8, 6)
+    losses = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            targets = td_lambda_targets(rewards, rewards, 0.5 * rewards, 0.9, 0.8)
+            losses.append(vdn_loss(network, other, observations, actions, rewards, 0.9, 0.8))
+            assert network(observations)[0].dtype == targets.dtype == losses[-1].dtype == torch.float32
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.01) and losses[0].item() != losses[1].item()
+    for device in ("cpu", "cuda"):
+        with vdn_rlhf.mixed_precision(device == "cuda", torch.device(device)):
+            assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
 
 
 def test_updates_follow_the_schedule_and_the_target_follows_the_online_network(spread_models, tmp_path, monkeypatch):
@@ -220,6 +277,11 @@ def test_spread_end_to_end(network, spread_models, tmp_path, capsys):
     assert returns[-1] > -24.5  # random: -26.46
     assert -3 < last["metrics"]["charts/log_pi_ref"] < 0
     assert last["kind"] == "vdn" and last["args"]["network"] == network
+    policy = vdn_rlhf.build_network(RegularizedPolicy, path, last, "cpu")  # the whole policy stands in the file
+    again = vdn_rlhf.evaluate(vdn_rlhf.make_game("spread"), policy, policy.reference, args.seed + 300, "cpu")
+    assert again["charts/test_return"] == returns[-1]
+    report = evaluate.main(evaluate.Args(policy_path=str(path), num_episodes=1024, device="cpu"))
+    assert report["charts/test_return"] == pytest.approx(returns[-1], abs=1.0)
     printed = capsys.readouterr().out
     for row in ("random", "rookie", "BC, greedy", "BC, sampled", "VDN-RLHF, last", "VDN-RLHF, best", "expert"):
         assert f"| {row} " in printed
@@ -246,7 +308,7 @@ def test_beta_pulls_towards_the_reference(spread_models, tmp_path):
     for beta in (0.0, 100.0):
         path = tmp_path / f"vdn-{beta:g}.pt"
         args = Args(beta=beta, data_path=str(spread_models), vdn_path=str(path), num_updates=300, learning_rate=3e-3)
-        args.device, args.hidden_dim, args.gamma, args.imitation_updates = "cpu", 64, 0.5, 100
+        args.device, args.hidden_dim, args.gamma, args.imitation_updates = "cpu", 64, 0.5, 0
         vdn_rlhf.main(args)
         log_pi_ref.append(torch.load(path, weights_only=True)["metrics"]["charts/log_pi_ref"])
     assert log_pi_ref[1] > log_pi_ref[0] + 0.2
