@@ -25,6 +25,7 @@ from vdn_rlhf import (
     TEST_EPISODES,
     AgentNetwork,
     RewardNetwork,
+    UserError,
     build_network,
     find_game,
     game_name,
@@ -73,9 +74,16 @@ def load(kind: str, path: Path, network_class: type, device) -> tuple[dict, nn.M
 
 
 def main(args: Args) -> None:
+    for flag in ("data_path", "vdn_path", "run_name", "track"):
+        if getattr(args, flag):
+            raise UserError(
+                f"--{flag.replace('_', '-')}: not for this script, which reads default paths and writes --json-path"
+            )
+    if args.true_players and (args.true_reference or args.imitation_updates == 0 or args.beta == 0):
+        raise UserError("--true-players: there is nothing to imitate with --true-reference, --imitation-updates 0 or --beta 0")
     device = set_up(args)
     env_name = game_name(args)
-    folder = Path(args.data_path).parent if args.data_path else Path(f"runs/{env_name}/{args.dataset}")
+    folder = Path(f"runs/{env_name}/{args.dataset}")
     data, meta = load_dataset(folder / "dataset.npz", env_name, ("observations", "actions", "true_rewards"))
     with np.load(folder / "dataset.npz") as file:
         data |= {name: torch.from_numpy(file[name]) for name in ("behavior", "deviator")}

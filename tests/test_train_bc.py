@@ -104,7 +104,7 @@ def test_agents_are_told_apart_and_do_not_see_each_other():
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 def test_recovers_a_known_behavior_policy(network, tmp_path):
     """In the made-up game with a behavior that plays action (agent + step) % 7 with probability 1/2, else uniformly."""
-    arrays = made_up_arrays(num_trajectories=4000, num_pairs=10)
+    arrays = made_up_arrays(num_trajectories=3000, num_pairs=10)
     rng = np.random.default_rng(1)
     N, T, A = arrays["actions"].shape
     favourite = (np.arange(T)[:, None] + np.arange(A)) % 7
@@ -112,7 +112,7 @@ def test_recovers_a_known_behavior_policy(network, tmp_path):
     data_path, path = tmp_path / "dataset.npz", tmp_path / "bc.pt"
     np.savez(data_path, **arrays)
     args = Args(env="made-up", data_path=str(data_path), bc_path=str(path), **SMALL)
-    args.max_epochs, args.learning_rate, args.network, args.hidden_dim = 25, 1e-2, network, 64
+    args.max_epochs, args.learning_rate, args.network, args.hidden_dim = 15, 1e-2, network, 64
     train_bc.main(args)
     checkpoint = torch.load(path, weights_only=True)
     p = 0.5 + 0.5 / 7

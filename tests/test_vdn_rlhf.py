@@ -307,7 +307,7 @@ def test_beta_pulls_towards_the_reference(spread_models, tmp_path):
     log_pi_ref = []
     for beta in (0.0, 100.0):
         path = tmp_path / f"vdn-{beta:g}.pt"
-        args = Args(beta=beta, data_path=str(spread_models), vdn_path=str(path), num_updates=300, learning_rate=3e-3)
+        args = Args(beta=beta, data_path=str(spread_models), vdn_path=str(path), num_updates=200, learning_rate=3e-3)
         args.device, args.hidden_dim, args.gamma, args.imitation_updates = "cpu", 64, 0.5, 0
         vdn_rlhf.main(args)
         log_pi_ref.append(torch.load(path, weights_only=True)["metrics"]["charts/log_pi_ref"])
