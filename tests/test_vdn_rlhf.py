@@ -188,6 +188,19 @@ def test_labels_and_true_rewards_change_nothing(spread_models, tmp_path):
     assert a["history"] == b["history"] == c["history"]
 
 
+def test_reference_imitates_each_agent_where_it_has_weight(monkeypatch):
+    """Agent 0 is to be imitated in the first trajectory only, agent 1 in the second only, nobody in the third."""
+    monkeypatch.setattr(vdn_rlhf, "trajectory_weights", lambda *_: torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.0]]))
+    actions = torch.tensor([[0, 1], [1, 2], [1, 0]])[:, None].expand(3, 4, 2)
+    shape, observations = dict(observation_dim=2, num_agents=2, num_actions=3, horizon=4, hidden_dim=8), torch.zeros(3, 5, 2, 2)
+    args, generator = Args(imitation_updates=200, imitation_learning_rate=0.05), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    bc_policy = AgentNetwork(**shape, num_modes=2)
+    reference = vdn_rlhf.make_reference_policy(bc_policy, shape, observations, actions, torch.zeros(3), args, generator)
+    probabilities = reference(observations[:1, :-1])[0].softmax(dim=-1)[0]  # (T, A, num_actions)
+    assert (probabilities[:, 0, 0] > 0.9).all() and (probabilities[:, 1, 2] > 0.9).all()
+
+
 @pytest.mark.parametrize("known_kl", [True, False])
 def test_the_loss_gets_equation_3(known_kl, spread_models, tmp_path, monkeypatch):
     """Rewards with the KL term of the actions taken; the same term for all actions where it is known, else nothing."""
