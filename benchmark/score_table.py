@@ -33,8 +33,8 @@ def summarize(vdn_path: str, report_path: str, bc_report_path: str, result_path:
 
 
 def mean_and_deviation(results: list[dict], key: str) -> str:
-    values = torch.tensor([result[key] for result in results])
-    return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+    values, digits = torch.tensor([result[key] for result in results]), 2 if key == "return" else 1
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def main() -> None:
