@@ -138,6 +138,7 @@ PRESETS = {  # by game
         "tag": dict(beta=3.0, num_updates=50_000),  # of the published scripts; Table 5 says 1,000,000
     },
 }
+HISTORY_EPISODES = 1024  # behind every return measured while the policy is learned
 
 
 # --- shared block: command_line ---
@@ -995,7 +996,7 @@ def make_reference_policy(bc_policy: AgentNetwork, shape: dict, observations, ac
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.imitation_updates)
     for _ in tqdm(range(args.imitation_updates), desc="imitation, reweighted", unit="update", mininterval=1):
         uniform = torch.rand(args.batch_size, dtype=torch.float64, generator=generator, device=generator.device)
-        batch = torch.searchsorted(cumulative, uniform * cumulative[-1]).clamp(max=len(weights) - 1)
+        batch = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(weights) - 1)
         share = weights[batch] / weights[batch].sum(dim=1, keepdim=True)  # (B, A), as every episode is drawn by its sum
         with mixed_precision(args.bf16, observations.device):
             logits, _ = policy(observations[batch, :-1])
@@ -1011,9 +1012,9 @@ def make_reference_policy(bc_policy: AgentNetwork, shape: dict, observations, ac
 
 
 def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[str, float]:
-    """Greedy return on 1,024 fresh episodes, and how probable the actions played are under the reference policy."""
+    """Greedy return on fresh episodes, and how probable the actions played are under the reference policy."""
     generator = torch.Generator(device).manual_seed(seed)
-    env = ParticleEnv(game, 1024, device)
+    env = ParticleEnv(game, HISTORY_EPISODES, device)
     act = make_actor(online, game.num_actions, generator)
     observations, actions, rewards = rollout(env, act, env.reset(generator))
     with torch.no_grad():

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 def fewer_test_episodes():
     for module in (collect_data, train_bc, vdn_rlhf):
         module.TEST_EPISODES = 512
-    for module in (collect_data, train_spread_experts):
+    for module in (collect_data, train_spread_experts, vdn_rlhf):
         module.HISTORY_EPISODES = 128
 
 

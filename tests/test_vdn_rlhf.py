@@ -294,7 +294,7 @@ def test_spread_end_to_end(network, spread_models, tmp_path, capsys):
     again = vdn_rlhf.evaluate(vdn_rlhf.make_game("spread"), policy, policy.reference, args.seed + 300, "cpu")
     assert again["charts/test_return"] == returns[-1]
     report = evaluate.main(evaluate.Args(policy_path=str(path), num_episodes=1024, device="cpu"))
-    assert report["charts/test_return"] == pytest.approx(returns[-1], abs=1.0)
+    assert report["charts/test_return"] == pytest.approx(returns[-1], abs=2.0)
     printed = capsys.readouterr().out
     for row in ("random", "rookie", "BC, greedy", "BC, sampled", "VDN-RLHF, last", "VDN-RLHF, best", "expert"):
         assert f"| {row} " in printed
