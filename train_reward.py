@@ -97,7 +97,7 @@ class Args:
     patience: int = 5
     """stop after this many epochs without a better held-out likelihood"""
     bf16: bool = True
-    """matrix products in bfloat16 where the CPU has instructions for them"""
+    """hidden layers multiply in bfloat16 in training, where the CPU has instructions for it"""
 
 
 PRESETS = {  # by game

@@ -9,7 +9,7 @@ Usage: python vdn_rlhf.py --env spread --beta 1        (makes the dataset, rewar
 Logged metrics (stdout, `metrics` in the file and, with --track, wandb):
     charts/test_return   mean over agents of the undiscounted greedy return, fresh episodes
     charts/score         the same on the scale random policy = 0, best expert of the paper's authors = 100 (tag: ours)
-    charts/reference_return  return when every agent plays the most probable action of pi_ref, without the learned values
+    charts/reference_return   the return of pi_ref alone, every agent playing its most probable action
     charts/log_pi_ref    mean log-probability under pi_ref of the actions chosen in these episodes; uniform: -log |A_i|
     losses/td_loss       mean squared TD error of the last minibatch
 
@@ -124,7 +124,7 @@ class Args:
     max_grad_norm: float = 10.0
     """gradients are clipped to this norm"""
     bf16: bool = True
-    """matrix products in bfloat16 where the CPU has instructions for them"""
+    """hidden layers multiply in bfloat16 in training, where the CPU has instructions for it"""
 
 
 PRESETS = {  # by game

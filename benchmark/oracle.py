@@ -4,7 +4,7 @@ Usage: python benchmark/oracle.py --env spread --true-reward    (from the reposi
 
 --true-reward      the game's step rewards, standardized like r_std, instead of the reward model's
 --true-players     who played each trajectory is known, so that pi_ref imitates exactly what experts played; else the posterior
-                   of the BC policy's modes, weighed by learned return
+                   of the BC policy's modes, weighted by learned return
 --true-reference   pi_ref is the experts' policy itself, with its random actions, instead of an imitation
 Prints and, with --json-path, writes the returns of the policy learned and of its reference.
 """

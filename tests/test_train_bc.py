@@ -170,3 +170,12 @@ def test_the_best_epoch_is_saved_and_patience_stops(made_up_data, tmp_path):
     best_epoch = 1 + int(np.argmin(losses))
     assert checkpoint["metrics"]["best_epoch"] == best_epoch and len(losses) == best_epoch + 4 < 100
     assert checkpoint["metrics"]["bc/mode_nll"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_patience_begins_after_the_annealing(made_up_data, tmp_path):
+    """Random actions again: before the modes are told apart nothing improves, and that is no reason to stop."""
+    path = tmp_path / "bc.pt"
+    args = Args(env="made-up", data_path=str(made_up_data), bc_path=str(path), device="cpu", hidden_dim=64, batch_size=8)
+    args.learning_rate, args.max_epochs, args.patience, args.annealing = 1e-2, 40, 2, 0.5
+    train_bc.main(args)
+    assert 20 < len(torch.load(path, weights_only=True)["metrics"]["history"]) < 40

@@ -134,7 +134,7 @@ def two_players(share=0.8) -> AgentNetwork:
     return bc_policy.requires_grad_(False)
 
 
-def test_trajectories_are_weighed_by_what_their_modes_earn():
+def test_trajectories_are_weighted_by_what_their_modes_earn():
     """The player of action 0 earns 1 on average, the other 3: the optimum multiplies their odds by exp(2 / beta)."""
     actions = torch.tensor([0, 0, 0, 0, 1]).view(5, 1, 1).expand(5, 4, 1)
     returns = torch.tensor([0.5, 1.5, 1.0, 1.0, 3.0])
@@ -143,7 +143,7 @@ def test_trajectories_are_weighed_by_what_their_modes_earn():
         torch.testing.assert_close(weights / weights[4], torch.tensor([[math.exp(-2 / beta)]] * 4 + [[1.0]]), rtol=1e-4, atol=0)
 
 
-def test_every_agent_is_weighed_by_its_own_mode():
+def test_every_agent_is_weighted_by_its_own_mode():
     """Agent 1 always plays as player 0, agent 0 too in half of the trajectories, which earn 1; where it plays as player 1 the
     team earns 3. A third player that earns 100 was seen once: too rarely to be followed."""
     bc_policy = AgentNetwork(2, 2, 3, 4, hidden_dim=8, num_modes=3).requires_grad_(False)
