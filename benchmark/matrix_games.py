@@ -498,13 +498,13 @@ def report(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarra
         "",
         "## A random Markov game",
         "",
-        f"{HORIZON} steps, {NUM_STATES} states, 2 x 2 actions, general-sum rewards, seed {args.seed}: the first game drawn that",
-        f"has a deterministic Markov equilibrium. Unilateral data, {args.num_datasets} datasets of each size n, of which at",
-        f"least {(1 - args.delta) * args.num_datasets:g} should satisfy: Lemma 1 for all rewards; Lemma 2, pessimistic <= true <=",
-        f"optimistic, for all {policies} x {policies} deterministic Markov policies, both players, all steps and states;",
+        f"{HORIZON} steps, {NUM_STATES} states, 2 x 2 actions, general-sum rewards, seed {args.seed}: the first game drawn",
+        f"that has a deterministic Markov equilibrium. Unilateral data, {args.num_datasets} datasets of each size n, of which",
+        f"at least {(1 - args.delta) * args.num_datasets:g} should satisfy: Lemma 1 for all rewards; Lemma 2, pessimistic <=",
+        f"true <= optimistic, for all {policies} x {policies} deterministic Markov policies, both players, all steps and states;",
         "Lemma 4, the gap of Algorithm 4's output is at most the width, sum_i [optimistic - pessimistic] at the equilibrium,",
-        f"at most {4 * HORIZON} by clipping. Constants: {radii(shape)} (proven for c_r = c_p = 1) and, with {args.sharper:g} times",
-        f"c_r and c_p, {radii(shape, args.sharper)} (not proven). The last column is the largest",
+        f"which clipping keeps at {4 * HORIZON} or less. Constants: {radii(shape)} (proven for c_r = c_p = 1) and, with",
+        f"{args.sharper:g} times c_r and c_p, {radii(shape, args.sharper)} (not proven). The last column is the largest",
         "|theta_hat - theta|_Sigma, which C_r has to exceed.",
         "",
         "| c_r, c_p | n | Lemma 1 | Lemma 2 | Lemma 4 | width | Theorem 4's bound | gap: mean | largest | theta error |",
@@ -525,26 +525,27 @@ def plot(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarray]
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
     for c, coverage in enumerate(COVERAGES):
         gap, color = table["gap"][c], f"C{c}"
-        axes[0].plot(args.table_sizes, gap.mean(axis=1), "o-", color=color, label=coverage)
+        axes[0].plot(args.table_sizes, gap.mean(axis=1), "o-", color=color, label=f"{coverage} data")
         axes[0].fill_between(args.table_sizes, gap.min(axis=1), gap.max(axis=1), color=color, alpha=0.15)
-        axes[1].plot(args.table_sizes, table["bound"][c].mean(axis=1), "--", color=color, label=f"{coverage}: Theorem 4")
-        axes[1].plot(args.table_sizes, table["anchored"][c].mean(axis=1), "-", color=color, label=f"{coverage}: anchored U_D")
-        axes[1].plot(args.table_sizes, table["raw"][c].mean(axis=1), ":", color=color, label=f"{coverage}: raw U_D")
+        for name, style in dict(bound="--", anchored="-", raw=":").items():
+            label = dict(bound="Theorem 4", anchored="anchored U_D", raw="raw U_D")[name]
+            axes[1].plot(args.table_sizes, table[name][c].mean(axis=1), style, color=color, label=f"{label}, {coverage}")
     axes[0].axhline(0.5, color="gray", linestyle=":", label="0.5 (Theorem 3)")
-    for scale, name in enumerate(("proven", f"{args.sharper:g} times")):
-        for key, style in (("bound", "--"), ("width", "o-"), ("gap", "^:")):
-            label = dict(bound="Theorem 4", width="width at pi*", gap="gap of the output")[key]
-            values = np.maximum(markov[key][scale].mean(axis=1), 1e-3)
-            axes[2].plot(args.markov_sizes, values, style, color=f"C{3 + scale}", label=f"{label}, {name}")
-    axes[0].set(title="Table 4, the worse game: Nash gap", ylabel=f"mean and range over {args.num_seeds} seeds")
-    axes[1].set(title="Table 4: bound and coverage", yscale="log")
-    axes[2].set(title="random Markov game, unilateral data", yscale="log", ylabel="mean; gaps below 0.001 stand at 0.001")
+    for scale, factor in enumerate((1, args.sharper)):
+        for name, style in dict(bound="--", width="o-", gap="^:").items():
+            label = dict(bound="Theorem 4", width="width at pi*", gap="gap of the output")[name]
+            values = np.maximum(markov[name][scale].mean(axis=1), 1e-3)
+            label += f", c_r = {factor * args.c_r:g}"
+            axes[2].plot(args.markov_sizes, values, style, color=f"C{len(COVERAGES) + scale}", label=label)
+    axes[0].set(title="Table 4, worse game: Nash gap", ylabel=f"mean and range of {args.num_seeds} seeds")
+    axes[1].set(title="Table 4: bound and coverage", yscale="log", ylabel="mean")
+    axes[2].set(title="Random Markov game, unilateral data", yscale="log", ylabel="mean, cut off below 0.001")
     for ax in axes:
         ax.set(xscale="log", xlabel="preference pairs n")
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure
 
 
