@@ -303,6 +303,13 @@ def confidence_radii(shape: tuple, delta: float, lam: float, c_r: float, c_p: fl
     return float(C_r), float(C_P)
 
 
+def estimation_error(data: Data, estimate: np.ndarray, rewards: np.ndarray, lam: float) -> float:
+    """|theta_hat - theta|_Sigma of one player, theta the rewards minus 1/2. The confidence set has theta in it if this
+    is at most C_r."""
+    error = estimate.ravel() - (rewards.ravel() - 0.5)
+    return float(np.sqrt(error @ covariances(data, lam)[0] @ error))
+
+
 # Algorithms 2 to 4 ------------------------------------------------------------------------------------------------------------
 def reward_bounds(data: Data, estimate: np.ndarray, norms: np.ndarray, C_r: float) -> tuple[np.ndarray, np.ndarray]:
     """The least and the largest anchored reward (H, S, A, B) in the confidence set, from the estimate (H, d) of one player."""
@@ -424,10 +431,8 @@ def measure_markov_game(args: Args) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((args.seed, len(COVERAGES), args.markov_sizes[k], s))
         data = collect(game, behavior, args.markov_sizes[k], rng)
         estimates = [fit_reward(data, i) for i in range(2)]
-        norms, sigma = uncertainties(data, game.shape, args.lam, anchored=True)[0], covariances(data, args.lam)[0]
-        for estimate, rewards in zip(estimates, game.rewards, strict=True):
-            error = estimate.ravel() - (rewards.ravel() - 0.5)
-            results["error"][k, s] = max(results["error"][k, s], np.sqrt(error @ sigma @ error))
+        norms = uncertainties(data, game.shape, args.lam, anchored=True)[0]
+        results["error"][k, s] = max(estimation_error(data, estimates[i], game.rewards[i], args.lam) for i in range(2))
         for scale, factor in enumerate((1, args.sharper)):
             C_r, C_P = confidence_radii(game.shape, args.delta, args.lam, factor * args.c_r, factor * args.c_p)
             bounds = compute_bounds(data, estimates, game.shape, args.lam, C_r, C_P)

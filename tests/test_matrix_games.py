@@ -16,11 +16,13 @@ from benchmark.matrix_games import (
     Game,
     behavior_policy,
     best_responses,
+    check_lemmas,
     collect,
     compute_bounds,
     confidence_radii,
     covariances,
     coverage_measures,
+    estimation_error,
     find_equilibrium,
     fit_reward,
     list_trajectories,
@@ -148,6 +150,7 @@ def test_trajectories_follow_the_game(game, data):
     assert data.visits.sum(axis=1) == pytest.approx(4000)
     assert data.next_states.sum(axis=2)[:-1] == pytest.approx(data.visits[:-1])
     assert not data.next_states[-1].any()
+    assert (data.cells[data.counts.sum(axis=1).argmax()] == data.reference).all()
     many = collect(game, behavior_policy(game, find_equilibrium(game), "unilateral"), 10**8, np.random.default_rng(0))
     for h in range(H - 1):
         frequencies = many.next_states[h] / np.maximum(many.visits[h], 1)[:, None]
@@ -183,6 +186,12 @@ def test_only_the_worst_policy_leaves_the_unilateral_cells():
         matrix_game(TABLE_4[0]), one_step_data([0, 1, 2], counts), (0, 0), 1.0, True
     )
     assert single < unilateral < 1e-3 < 2 < uniform
+
+
+def test_unilateral_coverage_is_of_the_worse_covered_player():
+    """Equilibrium (a1, b1), compared a lot with (a1, b2), where player 2 can go, never with (a2, b1), where player 1 can."""
+    data = one_step_data([0, 1], [[0, 1e8], [1e8, 0]])
+    assert coverage_measures(matrix_game(TABLE_4[0]), data, (0, 0), 1.0, True)[1] > 2
 
 
 def test_covariances_are_sums_over_pairs(game, data):
@@ -231,6 +240,9 @@ def test_confidence_radii_worked_by_hand():
     """H = 1, four cells, delta 0.05, lambda 1: k = 4, t = log 80 = 4.382, gamma = 0.19661, g = sqrt(4 + 8.373 + 8.764) / 2."""
     C_r, C_P = confidence_radii((1, 1, 2, 2), 0.05, 1.0, 1.0, 1.0)
     assert (C_r, C_P) == pytest.approx((2.29875 / 0.19661 + 2, 3.39656 + 1), abs=1e-3)  # 3.39656 = sqrt(2 (log 2 + log 160))
+    # Three steps and states, k = 36: gamma = 0.045177, g = sqrt(36 + 25.120 + 8.764) / 2, 4.32478 = sqrt(2 (3 log 2 + log 1440))
+    C_r, C_P = confidence_radii((3, 3, 2, 2), 0.05, 1.0, 1.0, 1.0)
+    assert (C_r, C_P) == pytest.approx((4.17983 / 0.045177 + 6, 3 * 4.32478 + 3), abs=1e-3)
     # What bounds the bias of lambda does not shrink with c_r and c_p: an unvisited cell has to reach the clip H.
     C_r, C_P = confidence_radii((3, 3, 2, 2), 0.05, 4.0, 0.0, 0.0)
     assert (C_r, C_P) == pytest.approx((2 * 36**0.5, 3 * 2))
@@ -256,6 +268,13 @@ def test_reward_bounds_are_the_extremes_of_the_confidence_set(data):
     step = np.linalg.solve(sigma, feature.ravel())
     best = estimate.ravel() + 2.0 * step / np.sqrt(feature.ravel() @ step)
     assert feature.ravel() @ best == pytest.approx(high.reshape(3, 12)[1, 5])
+
+
+def test_estimation_error_worked_by_hand():
+    """Sigma = I + 3 (e1 - e4)(e1 - e4)^T, and theta_hat off by 0.1 in e1 and 0.2 in e2."""
+    data, rewards = one_step_data([0, 3], [[0, 3], [3, 0]]), matrix_game(TABLE_4[0]).rewards[0]
+    estimate = rewards.reshape(1, 4) - 0.5 + np.array([0.1, 0.2, 0, 0])
+    assert estimation_error(data, estimate, rewards, 1.0) == pytest.approx((4 * 0.1**2 + 0.2**2) ** 0.5)
 
 
 # Algorithms 2 to 4 ------------------------------------------------------------------------------------------------------------
@@ -327,7 +346,9 @@ def test_single_policy_data_fail_and_unilateral_data_suffice():
     assert raw[:, -1] == pytest.approx([2**-0.5, 3**-0.5, 4**-0.5], abs=0.003)  # the floors of raw U_D
     assert bound[0, -1] > 100  # what single-policy data leave out stays unknown
     assert (bound[1:, -1] < 0.3).all()
-    measures = results["measures"][:, 0]  # rows: data; columns: single, unilateral, uniform
+    measures = results["measures"]
+    assert np.diagonal(measures[:, 1]) == pytest.approx([2**-0.5, 3**-0.5, 4**-0.5], abs=0.003)
+    measures = measures[:, 0]  # rows: data; columns: single, unilateral, uniform
     assert (measures < 0.01).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
 
 
@@ -345,8 +366,28 @@ def test_bracket_holds_and_shrinks():
     assert results["error"].max() < confidence_radii((3, 3, 2, 2), 0.05, 1.0, 0.1, 0.1)[0]
 
 
+def test_the_checks_notice_a_single_wrong_number(game):
+    """Of any player, in any step, of either side."""
+    data = collect(game, np.full(game.shape, 0.25), 10**6, np.random.default_rng(0))
+    norms = uncertainties(data, game.shape, 1.0, True)[0]
+    estimates = [fit_reward(data, i) for i in range(2)]
+
+    def check(wrong=lambda bounds: None):
+        bounds = compute_bounds(data, estimates, game.shape, 1.0, 98.5, 16.0)
+        wrong(bounds)
+        return tuple(check_lemmas(game, data, bounds, norms, 98.5).values())
+
+    assert check() == (True, True)
+    for i in range(2):
+        for h in range(3):
+            assert check(lambda bounds, i=i, h=h: bounds.pessimistic[i][h].put(-1, 9)) == (True, False)
+            assert check(lambda bounds, i=i, h=h: bounds.optimistic[i][h].put(-1, -9)) == (True, False)
+        for side, wrong in ((0, 9), (1, -9), (0, -99), (1, 99)):  # past the true reward, and too far from it
+            assert check(lambda bounds, i=i, side=side, wrong=wrong: bounds.rewards[i][side].put(-1, wrong)) == (False, True)
+
+
 def test_the_checks_notice_constants_that_are_too_small(monkeypatch):
-    """With C_r = C_P = 0 the estimates would have to be exact, and with narrow bounds Lemmas 1 and 2 have to fail."""
+    """The norm of theta_hat - theta is about 10."""
     monkeypatch.setattr(matrix_games, "confidence_radii", lambda *args: (0.5, 0.05))
     results = matrix_games.measure_markov_game(Args(num_datasets=10, markov_sizes=(1_000_000,)))
     assert not results["lemma_1"].any() and not results["lemma_2"].any()
@@ -369,7 +410,8 @@ def test_same_command_same_files(tmp_path, capsys):
     assert "| a1 | 0.5 | 1 | | a1 | 0.5 | 0 |\n| a2 | 0 | 0.5 | | a2 | 1 | 0.5 |\n" in text
     assert f"`python benchmark/matrix_games.py {flags}`" in text
     matrix_games.main(Args(**sizes, seed=2, result_path=str(path)))
-    assert path.read_text() != text
+    parts = [part.partition("|---|")[2] for part in path.read_text().split("## A random Markov game")]
+    assert all(part not in text for part in parts)  # another seed, other numbers in both
     assert sorted(file.name for file in path.parent.iterdir()) == ["table.md", "table.png"]
 
 
