@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Table 4 and the theorems behind it: prints the two games and what Algorithm 4 makes of single-policy, unilateral and uniform
-# data, and checks the lemmas on a random Markov game. The same command gives the same files, bit for bit. Two minutes of one core.
+# data, and checks the lemmas on a random Markov game. The same command gives the same files, bit for bit. About a minute of one core.
 #
 #   bash benchmark/table4.sh            into benchmark/results/table4.md and table4.png; takes the flags of matrix_games.py
 set -euo pipefail

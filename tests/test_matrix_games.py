@@ -240,7 +240,7 @@ def test_confidence_radii_worked_by_hand():
     """H = 1, four cells, delta 0.05, lambda 1: k = 4, t = log 80 = 4.382, gamma = 0.19661, g = sqrt(4 + 8.373 + 8.764) / 2."""
     C_r, C_P = confidence_radii((1, 1, 2, 2), 0.05, 1.0, 1.0, 1.0)
     assert (C_r, C_P) == pytest.approx((2.29875 / 0.19661 + 2, 3.39656 + 1), abs=1e-3)  # 3.39656 = sqrt(2 (log 2 + log 160))
-    # Three steps and states, k = 36: gamma = 0.045177, g = sqrt(36 + 25.120 + 8.764) / 2, 4.32478 = sqrt(2 (3 log 2 + log 1440))
+    # 3 steps, 3 states: k = 36, gamma = 0.045177, g = sqrt(36 + 25.120 + 8.764) / 2, 4.32478 = sqrt(2 (3 log 2 + log 1440))
     C_r, C_P = confidence_radii((3, 3, 2, 2), 0.05, 1.0, 1.0, 1.0)
     assert (C_r, C_P) == pytest.approx((4.17983 / 0.045177 + 6, 3 * 4.32478 + 3), abs=1e-3)
     # What bounds the bias of lambda does not shrink with c_r and c_p: an unvisited cell has to reach the clip H.
@@ -352,7 +352,7 @@ def test_single_policy_data_fail_and_unilateral_data_suffice():
     assert (measures < 0.01).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
 
 
-def test_bracket_holds_and_shrinks():
+def test_bracket_holds_and_shrinks(game):
     args = Args(num_datasets=20, markov_sizes=(100_000, 1_000_000, 10_000_000))
     results = matrix_games.measure_markov_game(args)
     for lemma in ("lemma_1", "lemma_2", "lemma_4"):
@@ -364,6 +364,11 @@ def test_bracket_holds_and_shrinks():
     assert (results["gap"] <= results["bound"]).all()
     assert results["gap"][0, 0].mean() > 0.1 and results["gap"][:, -1].max() < 0.01
     assert results["error"].max() < confidence_radii((3, 3, 2, 2), 0.05, 1.0, 0.1, 0.1)[0]
+    behavior = behavior_policy(game, find_equilibrium(game), "unilateral")
+    for s in range(4):
+        data = collect(game, behavior, 100_000, np.random.default_rng((args.seed, 3, 100_000, s)))
+        errors = [estimation_error(data, fit_reward(data, i), game.rewards[i], 1.0) for i in range(2)]
+        assert results["error"][0, s] == pytest.approx(max(errors))
 
 
 def test_the_checks_notice_a_single_wrong_number(game):
