@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
@@ -112,12 +113,13 @@ def set_up(args) -> torch.device:
     choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        numbers = value if isinstance(value, tuple) else (value,)
         low = 0 if name in ("seed", "imitation_updates") else 1
         if name in choices and value not in choices[name]:
             raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
         if type(value) is int and not low <= value < 2**31:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
-        if type(value) is float and not 0 <= value < float("inf"):
+        if any(type(number) is float and not 0 <= number < float("inf") for number in numbers):
             raise UserError(f"{flag}: must be a finite number and not negative")
         if (
             name in ("learning_rate", "imitation_learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth")
@@ -127,7 +129,10 @@ def set_up(args) -> torch.device:
         shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
+    if getattr(args, "cudagraphs", None) and not torch.cuda.is_available():
+        raise UserError("--cudagraphs True: there is no CUDA device")
     torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -142,17 +147,27 @@ def set_up(args) -> torch.device:
     return device
 
 
-def start_tracking(args, name: str) -> Callable[[dict, int], None]:
-    """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
+def keep_freed_memory() -> None:
+    """Have the C library hold on to freed memory. By default it returns large blocks to the system, and getting them anew costs
+    a fifth of the time of an update on CPU. Does nothing where that library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for parameter, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
+    """-> log(s, metrics, step), s being the run's place in `names`; with several, its name goes before those of its metrics.
+    Without --track it does nothing and wandb is not imported."""
     if not args.track:
-        return lambda metrics, step: None
+        return lambda s, metrics, step: None
     try:
         import wandb
 
-        run = wandb.init(project="marlhf", name=name, config=vars(args), reinit="finish_previous")
+        run = wandb.init(project="marlhf", name=names[0], config=vars(args), reinit="finish_previous")
     except Exception as error:
         raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    return lambda metrics, step: run.log(metrics, step=step)
+    prefixes = [f"{name}/" if len(names) > 1 else "" for name in names]
+    return lambda s, metrics, step: run.log({prefixes[s] + name: value for name, value in metrics.items()}, step=step)
 
 
 # --- end shared block ---
@@ -164,7 +179,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -261,6 +276,83 @@ def hash_weights(network: nn.Module, stats: dict) -> str:
     for name, tensor in network.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# --- end shared block ---
+
+
+# --- shared block: layers ---
+# Origin: vdn_rlhf.py. Layers of one network or of a stack: S networks of one shape that are trained at once. The parameters
+# of a stack have a leading dimension S, and so has whatever goes in and comes out.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out); in a stack all of them have the leading dimension S."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    if len(weight) == 1:
+        return F.linear(x.squeeze(0), weight.squeeze(0), None if bias is None else bias.squeeze(0)).unsqueeze(0)
+    if x.device.type == "cpu":  # here a product for each run is faster than one for all
+        biases = [None] * len(weight) if bias is None else bias
+        return torch.stack([F.linear(*run) for run in zip(x, weight, biases, strict=True)])
+    rows = x.flatten(1, -2)
+    outputs = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+    return outputs.view(*x.shape[:-1], -1)
+
+
+def gru(x: torch.Tensor, layer: nn.GRU, memory: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence of nn.GRU, with the parameters of `layer`. x (*S, B, T, A, H) -> (*S, B, T, A, H) and the state after the
+    last step, which the next call takes as `memory`. Every agent of every episode is a sequence of its own."""
+    runs, (B, _, A, _) = x.shape[:-4], x.shape[-4:]
+    gates = linear(x, layer.weight_ih_l0, layer.bias_ih_l0).to(layer.weight_hh_l0.dtype)
+    weight, bias = layer.weight_hh_l0, layer.bias_hh_l0
+    if not runs:
+        gates, weight, bias = gates[None], weight[None], bias[None]
+    gates = gates.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (T, S, B * A, 3 * H)
+    if memory is None:
+        memory = gates.new_zeros(gates.shape[1], B * A, weight.shape[-1])
+    states = GRURecurrence.apply(gates.contiguous(), memory, weight, bias)  # (T, S, B * A, H)
+    outputs = states.unflatten(2, (B, A)).permute(1, 2, 0, 3, 4)
+    return outputs if runs else outputs.squeeze(0), states[-1]
+
+
+class GRURecurrence(torch.autograd.Function):
+    """h_t = (1 - z) * n + z * h_{t-1} with r, z = sigmoid(x_rz + g_rz), n = tanh(x_n + r * g_n) and g = h_{t-1} W^T + b, the
+    equations of nn.GRU. The gradient is written out, because autograd's takes several small operations a step for each
+    of these; nn.GRU itself has no stacks."""
+
+    @staticmethod
+    def forward(ctx, x, memory, weight, bias):
+        """x (T, S, M, 3 * H): what the inputs add to the gates r, z, n; memory (S, M, H) -> states (T, S, M, H)."""
+        T, S, M, H = *x.shape[:3], memory.shape[-1]
+        h, g, rz, n = (x.new_empty(steps, S, M, width) for steps, width in ((T + 1, H), (T, 3 * H), (T, 2 * H), (T, H)))
+        h[0] = memory
+        with torch.autocast(x.device.type, enabled=False):
+            for t in range(T):
+                torch.baddbmm(bias[:, None], h[t], weight.mT, out=g[t])
+                torch.add(x[t, ..., : 2 * H], g[t, ..., : 2 * H], out=rz[t]).sigmoid_()
+                torch.addcmul(x[t, ..., 2 * H :], rz[t, ..., :H], g[t, ..., 2 * H :], out=n[t]).tanh_()
+                torch.lerp(n[t], h[t], rz[t, ..., H:], out=h[t + 1])
+        ctx.save_for_backward(weight, h, g, rz, n)
+        return h[1:]
+
+    @staticmethod
+    def backward(ctx, d_states):
+        weight, h, g, rz, n = ctx.saved_tensors
+        T, S, M, H = n.shape
+        (r, z), g_n = rz.split(H, dim=-1), g[..., 2 * H :]
+        # What a change of h_t means for x_n, x_r, x_z and g_n: known for all steps at once, but for d h_t itself.
+        d_gates = n.new_empty(T, S, M, 4, H)
+        d_n = (1 - z) * (1 - n * n)
+        d_gates[..., 0, :], d_gates[..., 1, :] = d_n, d_n * g_n * r * (1 - r)
+        d_gates[..., 2, :], d_gates[..., 3, :] = (h[:-1] - n) * z * (1 - z), d_n * r
+        d_h = d_states[-1]
+        for t in reversed(range(T)):
+            d_gates[t] *= d_h[:, :, None]
+            d_h = torch.addcmul(d_states[t - 1], d_h, z[t]) if t > 0 else d_h * z[t]
+            d_h = d_h.baddbmm(d_gates[t, :, :, 1:].flatten(-2), weight)
+        d_g = d_gates[..., 1:, :].flatten(-2).transpose(0, 1).flatten(1, 2)  # (S, T * M, 3 * H)
+        d_weight = d_g.mT @ h[:-1].transpose(0, 1).flatten(1, 2)
+        d_x = torch.cat([d_gates[..., 1:3, :].flatten(-2), d_gates[..., 0, :]], dim=-1)
+        return d_x, d_h, d_weight, d_g.sum(dim=1)
 
 
 # --- end shared block ---
@@ -565,43 +657,43 @@ class AgentNetwork(nn.Module):
         self.num_words, self.num_modes = num_words, num_modes
 
     def forward(self, observations, first_step=0, memory=None):
-        """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
+        """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory. In
+        a stack everything has a leading dimension S.
 
         `memory` is the GRU's state after the steps before first_step, None at the start of an episode."""
         if self.num_modes == 1:
             return self._outputs(observations, first_step, memory)
         outputs, memory = self._outputs(observations, first_step, memory)
         log_probs = outputs.unflatten(-1, (self.num_modes, self.num_actions)).log_softmax(dim=-1)  # (B, T, A, num_modes, ...)
-        return (log_probs + self.mode_logits.log_softmax(dim=0)[:, None]).logsumexp(dim=-2), memory
+        log_weights = self.mode_logits.log_softmax(dim=-1)[..., None, None, None, :, None]
+        return (log_probs + log_weights).logsumexp(dim=-2), memory
 
     def log_joint(self, observations, actions):
         """log p(z, tau_i) of whole trajectories, but for what the game adds to it: log w_z + sum_t log pi_z(a_i,t | o_i,t),
-        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A)."""
+        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A); in a stack with a leading dimension S."""
         outputs, _ = self._outputs(observations, 0, None)
-        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=1)
-        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=0)
+        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=-3)
+        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=-1)[..., None, None, :]
 
     def _outputs(self, observations, first_step, memory):
-        B, T, A, _ = observations.shape
-        ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
+        *_, T, A, _ = observations.shape
+        ids = torch.eye(A, device=observations.device).expand(*observations.shape[:-1], A)
         x = torch.cat([observations, ids], dim=-1)
         if self.time_input:
             steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
-            x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
+            x = torch.cat([x, steps[:, None, None].expand(*x.shape[:-1], 1)], dim=-1)
         if self.network == "mlp":
-            return self._head(self.body(x)), None
-        x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
-        x, memory = self.body(x, memory)
-        return self._head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
-
-    def _head(self, x):
-        """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
+            for layer in self.body[::2]:
+                x = F.relu(linear(x, layer.weight, layer.bias))
+        else:
+            x = F.relu(linear(x, self.embedding[0].weight, self.embedding[0].bias))
+            x, memory = gru(x, self.body, memory)
         with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
-            outputs = self.head(x.to(self.head.weight.dtype))
-        if self.num_words:
+            outputs = linear(x.to(self.head.weight.dtype), self.head.weight, self.head.bias)
+        if self.num_words:  # the sum of one value per word and one per move (action = 5 * word + move in reference)
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs
+        return outputs, memory
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import ctypes
 import hashlib
 import io
 import json
@@ -34,7 +34,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,8 @@ class Args:
     """landmarks of spread; as many as agents where this is not given"""
     seed: int = 1
     """fixes everything"""
+    num_seeds: int = 1
+    """train the seeds seed, seed + 1, ... at once, so many; a file for each run"""
     preset: str = "default"
     """default, or paper: the values of the paper's Table 5"""
     run_name: str = ""
@@ -92,10 +94,12 @@ class Args:
     """trajectories per update (paper: 128)"""
     max_epochs: int = 8
     """passes over the training trajectories"""
-    patience: int = 5
-    """stop after this many epochs without a better held-out likelihood"""
     bf16: bool = True
-    """hidden layers multiply in bfloat16 in training, where the CPU has instructions for it"""
+    """hidden layers multiply in bfloat16 in training, where the device has instructions for it"""
+    compile: bool | None = None
+    """True, False: fuse the loss into few kernels with torch.compile; by default on CUDA"""
+    cudagraphs: bool | None = None
+    """True, False: record an update as a CUDA graph and replay it; by default on CUDA"""
 
 
 PRESETS = {  # by game
@@ -103,7 +107,7 @@ PRESETS = {  # by game
     "paper": {  # Table 5
         "all": {
             **dict(run_name="paper", time_input=False, num_modes=1),
-            **dict(learning_rate=1e-3, batch_size=128, max_epochs=100, patience=100, bf16=False),
+            **dict(learning_rate=1e-3, batch_size=128, max_epochs=100, bf16=False),
         },
     },
 }
@@ -156,12 +160,13 @@ def set_up(args) -> torch.device:
     choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        numbers = value if isinstance(value, tuple) else (value,)
         low = 0 if name in ("seed", "imitation_updates") else 1
         if name in choices and value not in choices[name]:
             raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
         if type(value) is int and not low <= value < 2**31:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
-        if type(value) is float and not 0 <= value < float("inf"):
+        if any(type(number) is float and not 0 <= number < float("inf") for number in numbers):
             raise UserError(f"{flag}: must be a finite number and not negative")
         if (
             name in ("learning_rate", "imitation_learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth")
@@ -171,7 +176,10 @@ def set_up(args) -> torch.device:
         shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
+    if getattr(args, "cudagraphs", None) and not torch.cuda.is_available():
+        raise UserError("--cudagraphs True: there is no CUDA device")
     torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -186,17 +194,27 @@ def set_up(args) -> torch.device:
     return device
 
 
-def start_tracking(args, name: str) -> Callable[[dict, int], None]:
-    """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
+def keep_freed_memory() -> None:
+    """Have the C library hold on to freed memory. By default it returns large blocks to the system, and getting them anew costs
+    a fifth of the time of an update on CPU. Does nothing where that library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for parameter, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
+    """-> log(s, metrics, step), s being the run's place in `names`; with several, its name goes before those of its metrics.
+    Without --track it does nothing and wandb is not imported."""
     if not args.track:
-        return lambda metrics, step: None
+        return lambda s, metrics, step: None
     try:
         import wandb
 
-        run = wandb.init(project="marlhf", name=name, config=vars(args), reinit="finish_previous")
+        run = wandb.init(project="marlhf", name=names[0], config=vars(args), reinit="finish_previous")
     except Exception as error:
         raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    return lambda metrics, step: run.log(metrics, step=step)
+    prefixes = [f"{name}/" if len(names) > 1 else "" for name in names]
+    return lambda s, metrics, step: run.log({prefixes[s] + name: value for name, value in metrics.items()}, step=step)
 
 
 # --- end shared block ---
@@ -205,10 +223,143 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
 # --- shared block: mixed_precision ---
 # Origin: train_reward.py.
 def mixed_precision(enabled: bool, device: torch.device):
-    """Context for training in which the hidden layers multiply in bfloat16, where the CPU has instructions for that. The last
-    layers, losses and targets stay in float32."""
-    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
+    """Context for training in which the hidden layers multiply in bfloat16, where the device has instructions for that. The
+    last layers, losses and targets stay in float32."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported()
+    else:
+        capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable, cache_enabled=False)
+
+
+# --- end shared block ---
+
+
+# --- shared block: runs ---
+# Origin: train_reward.py. Several runs trained as one: networks, minibatches and losses have a leading dimension S, and each
+# run gets what it would get alone.
+def list_runs(args, varied: str = "") -> list:
+    """The runs that a command asks for, each as the Args of a command of its own: every one of --num-seeds seeds with every
+    value of the flag `varied`, which may have several."""
+    values = getattr(args, varied) if varied else None
+    values = values if isinstance(values, tuple) else (values,)
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"--{varied} {' '.join(map(str, values))}: every value once, and at least one")
+    changes = [{varied: value} for value in values] if varied else [{}]
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    return [replace(args, seed=seed, num_seeds=1, **change) for seed in seeds for change in changes]
+
+
+def output_path(run, named: str, folder: Path, kind: str, values: str, num_runs: int) -> Path:
+    """Where a run writes: folder/KIND[-RUN NAME]VALUES-seedSEED.pt, or the file that the user names for a single run."""
+    if named and num_runs > 1:
+        raise UserError(f"{named}: names one file, but this command makes {num_runs}; leave the path out")
+    run_name = f"-{run.run_name}" if run.run_name else ""
+    return Path(named or folder / f"{kind}{run_name}{values}-seed{run.seed}.pt")
+
+
+def stack_networks(network_class: type, shape: dict, runs: list, device) -> nn.Module:
+    """A network of that shape for each run, from its seed, as one whose parameters have a leading dimension S."""
+    networks = []
+    for run in runs:
+        torch.manual_seed(run.seed)
+        networks.append(network_class(**shape))
+    for name, parameter in networks[0].named_parameters():
+        parameter.data = torch.stack([parameter.data, *(network.get_parameter(name).data for network in networks[1:])])
+    return networks[0].to(device)
+
+
+def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
+    """The weights of run s, as the state_dict of a network by itself."""
+    return {name: tensor[s].clone() for name, tensor in stack.state_dict().items()}
+
+
+def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
+    cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
+    return torch.optim.Adam(stack.parameters(), lr=torch.tensor(learning_rate) if cuda else learning_rate, capturable=cuda)
+
+
+def follow_cosine(optimizer: torch.optim.Adam, learning_rate: float, done: float) -> None:
+    """The learning rate when that share of all updates is done: it falls to zero along half a cosine."""
+    for group in optimizer.param_groups:
+        rate = 0.5 * learning_rate * (1 + math.cos(math.pi * done))
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+
+
+def take_step(losses: torch.Tensor, optimizer: torch.optim.Adam, max_grad_norm: float = float("inf")) -> None:
+    """One step of every run down its own loss, losses (S,); each run's gradient is clipped to that norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    losses.sum().backward()
+    if max_grad_norm < float("inf"):
+        squares = torch.stack([parameter.grad.flatten(1).square().sum(dim=1) for parameter in parameters])
+        scale = (max_grad_norm / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1)  # (S,)
+        for parameter in parameters:
+            parameter.grad.mul_(scale.view(-1, *[1] * (parameter.dim() - 1)))
+    optimizer.step()
+
+
+def accelerate(compute_losses: Callable, step: Callable, args, device: torch.device) -> Callable:
+    """-> update(*inputs), which is step(compute_losses(*inputs)) as fast as the device allows, and returns the losses (S,).
+
+    With --compile, compute_losses and its gradient become fused kernels. With --cudagraphs, all that the fourth call
+    launches is recorded and replayed from then on; inputs are copied to where that call's stood, and whatever else `step`
+    changes or compute_losses reads must stay where it is. What fails goes on without, after one line of warning."""
+    on_cuda = device.type == "cuda"
+    eager_losses = compute_losses
+    use_graph = on_cuda and args.cudagraphs is not False
+    if on_cuda if args.compile is None else args.compile:
+        compute_losses = torch.compile(compute_losses, dynamic=False)
+    calls, graph, static_inputs, static_losses = 0, None, (), None
+
+    def run(*inputs):
+        losses = compute_losses(*inputs)
+        step(losses)
+        return losses.detach()
+
+    def warn(what: str, error: Exception) -> None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        tqdm.write(f"warning: {what} failed, going on without it ({reason})", file=sys.stderr)
+
+    def update(*inputs):
+        nonlocal calls, compute_losses, use_graph, graph, static_inputs, static_losses
+        calls += 1
+        if calls == 1:
+            try:
+                return run(*inputs)
+            except Exception as error:
+                if compute_losses is eager_losses:
+                    raise
+                warn("--compile", error)
+                compute_losses = eager_losses
+        if use_graph and calls <= 3:  # warm up on the side, as recording asks for
+            with on_side_stream():
+                return run(*inputs)
+        if use_graph and graph is None:
+            try:
+                static_inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    static_losses = run(*static_inputs)
+            except Exception as error:
+                use_graph, graph = False, None
+                warn("--cudagraphs", error)
+        if graph is None:
+            return run(*inputs)
+        for static, x in zip(static_inputs, inputs, strict=True):
+            static.copy_(x)
+        graph.replay()
+        return static_losses
+
+    return update
+
+
+@contextlib.contextmanager
+def on_side_stream():
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 # --- end shared block ---
@@ -220,7 +371,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -395,6 +546,83 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
             digest.update(array)
     meta["hash"] = digest.hexdigest()[:16]  # tells datasets apart
     return tensors, meta
+
+
+# --- end shared block ---
+
+
+# --- shared block: layers ---
+# Origin: vdn_rlhf.py. Layers of one network or of a stack: S networks of one shape that are trained at once. The parameters
+# of a stack have a leading dimension S, and so has whatever goes in and comes out.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out); in a stack all of them have the leading dimension S."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    if len(weight) == 1:
+        return F.linear(x.squeeze(0), weight.squeeze(0), None if bias is None else bias.squeeze(0)).unsqueeze(0)
+    if x.device.type == "cpu":  # here a product for each run is faster than one for all
+        biases = [None] * len(weight) if bias is None else bias
+        return torch.stack([F.linear(*run) for run in zip(x, weight, biases, strict=True)])
+    rows = x.flatten(1, -2)
+    outputs = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+    return outputs.view(*x.shape[:-1], -1)
+
+
+def gru(x: torch.Tensor, layer: nn.GRU, memory: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence of nn.GRU, with the parameters of `layer`. x (*S, B, T, A, H) -> (*S, B, T, A, H) and the state after the
+    last step, which the next call takes as `memory`. Every agent of every episode is a sequence of its own."""
+    runs, (B, _, A, _) = x.shape[:-4], x.shape[-4:]
+    gates = linear(x, layer.weight_ih_l0, layer.bias_ih_l0).to(layer.weight_hh_l0.dtype)
+    weight, bias = layer.weight_hh_l0, layer.bias_hh_l0
+    if not runs:
+        gates, weight, bias = gates[None], weight[None], bias[None]
+    gates = gates.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (T, S, B * A, 3 * H)
+    if memory is None:
+        memory = gates.new_zeros(gates.shape[1], B * A, weight.shape[-1])
+    states = GRURecurrence.apply(gates.contiguous(), memory, weight, bias)  # (T, S, B * A, H)
+    outputs = states.unflatten(2, (B, A)).permute(1, 2, 0, 3, 4)
+    return outputs if runs else outputs.squeeze(0), states[-1]
+
+
+class GRURecurrence(torch.autograd.Function):
+    """h_t = (1 - z) * n + z * h_{t-1} with r, z = sigmoid(x_rz + g_rz), n = tanh(x_n + r * g_n) and g = h_{t-1} W^T + b, the
+    equations of nn.GRU. The gradient is written out, because autograd's takes several small operations a step for each
+    of these; nn.GRU itself has no stacks."""
+
+    @staticmethod
+    def forward(ctx, x, memory, weight, bias):
+        """x (T, S, M, 3 * H): what the inputs add to the gates r, z, n; memory (S, M, H) -> states (T, S, M, H)."""
+        T, S, M, H = *x.shape[:3], memory.shape[-1]
+        h, g, rz, n = (x.new_empty(steps, S, M, width) for steps, width in ((T + 1, H), (T, 3 * H), (T, 2 * H), (T, H)))
+        h[0] = memory
+        with torch.autocast(x.device.type, enabled=False):
+            for t in range(T):
+                torch.baddbmm(bias[:, None], h[t], weight.mT, out=g[t])
+                torch.add(x[t, ..., : 2 * H], g[t, ..., : 2 * H], out=rz[t]).sigmoid_()
+                torch.addcmul(x[t, ..., 2 * H :], rz[t, ..., :H], g[t, ..., 2 * H :], out=n[t]).tanh_()
+                torch.lerp(n[t], h[t], rz[t, ..., H:], out=h[t + 1])
+        ctx.save_for_backward(weight, h, g, rz, n)
+        return h[1:]
+
+    @staticmethod
+    def backward(ctx, d_states):
+        weight, h, g, rz, n = ctx.saved_tensors
+        T, S, M, H = n.shape
+        (r, z), g_n = rz.split(H, dim=-1), g[..., 2 * H :]
+        # What a change of h_t means for x_n, x_r, x_z and g_n: known for all steps at once, but for d h_t itself.
+        d_gates = n.new_empty(T, S, M, 4, H)
+        d_n = (1 - z) * (1 - n * n)
+        d_gates[..., 0, :], d_gates[..., 1, :] = d_n, d_n * g_n * r * (1 - r)
+        d_gates[..., 2, :], d_gates[..., 3, :] = (h[:-1] - n) * z * (1 - z), d_n * r
+        d_h = d_states[-1]
+        for t in reversed(range(T)):
+            d_gates[t] *= d_h[:, :, None]
+            d_h = torch.addcmul(d_states[t - 1], d_h, z[t]) if t > 0 else d_h * z[t]
+            d_h = d_h.baddbmm(d_gates[t, :, :, 1:].flatten(-2), weight)
+        d_g = d_gates[..., 1:, :].flatten(-2).transpose(0, 1).flatten(1, 2)  # (S, T * M, 3 * H)
+        d_weight = d_g.mT @ h[:-1].transpose(0, 1).flatten(1, 2)
+        d_x = torch.cat([d_gates[..., 1:3, :].flatten(-2), d_gates[..., 0, :]], dim=-1)
+        return d_x, d_h, d_weight, d_g.sum(dim=1)
 
 
 # --- end shared block ---
@@ -699,43 +927,43 @@ class AgentNetwork(nn.Module):
         self.num_words, self.num_modes = num_words, num_modes
 
     def forward(self, observations, first_step=0, memory=None):
-        """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
+        """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory. In
+        a stack everything has a leading dimension S.
 
         `memory` is the GRU's state after the steps before first_step, None at the start of an episode."""
         if self.num_modes == 1:
             return self._outputs(observations, first_step, memory)
         outputs, memory = self._outputs(observations, first_step, memory)
         log_probs = outputs.unflatten(-1, (self.num_modes, self.num_actions)).log_softmax(dim=-1)  # (B, T, A, num_modes, ...)
-        return (log_probs + self.mode_logits.log_softmax(dim=0)[:, None]).logsumexp(dim=-2), memory
+        log_weights = self.mode_logits.log_softmax(dim=-1)[..., None, None, None, :, None]
+        return (log_probs + log_weights).logsumexp(dim=-2), memory
 
     def log_joint(self, observations, actions):
         """log p(z, tau_i) of whole trajectories, but for what the game adds to it: log w_z + sum_t log pi_z(a_i,t | o_i,t),
-        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A)."""
+        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A); in a stack with a leading dimension S."""
         outputs, _ = self._outputs(observations, 0, None)
-        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=1)
-        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=0)
+        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=-3)
+        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=-1)[..., None, None, :]
 
     def _outputs(self, observations, first_step, memory):
-        B, T, A, _ = observations.shape
-        ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
+        *_, T, A, _ = observations.shape
+        ids = torch.eye(A, device=observations.device).expand(*observations.shape[:-1], A)
         x = torch.cat([observations, ids], dim=-1)
         if self.time_input:
             steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
-            x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
+            x = torch.cat([x, steps[:, None, None].expand(*x.shape[:-1], 1)], dim=-1)
         if self.network == "mlp":
-            return self._head(self.body(x)), None
-        x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
-        x, memory = self.body(x, memory)
-        return self._head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
-
-    def _head(self, x):
-        """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
+            for layer in self.body[::2]:
+                x = F.relu(linear(x, layer.weight, layer.bias))
+        else:
+            x = F.relu(linear(x, self.embedding[0].weight, self.embedding[0].bias))
+            x, memory = gru(x, self.body, memory)
         with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
-            outputs = self.head(x.to(self.head.weight.dtype))
-        if self.num_words:
+            outputs = linear(x.to(self.head.weight.dtype), self.head.weight, self.head.bias)
+        if self.num_words:  # the sum of one value per word and one per move (action = 5 * word + move in reference)
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs
+        return outputs, memory
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -805,15 +1033,16 @@ def mean_return(game, network, num_episodes: int, seed: int, device, sample=Fals
 # --- end shared block ---
 
 
-def bc_loss(policy: AgentNetwork, observations, actions, sharpness: float) -> torch.Tensor:
+def bc_loss(policy: AgentNetwork, observations, actions, sharpness) -> torch.Tensor:
     """Negative log-likelihood per action of trajectories that an agent plays in one of several modes, p(tau_i) = sum_z w_z
-    prod_t pi_z(a_i,t | o_i,t), as one step of expectation-maximization. observations (B, T, A, D), actions (B, T, A).
+    prod_t pi_z(a_i,t | o_i,t), as one step of expectation-maximization. observations (B, T, A, D), actions (B, T, A); with a
+    leading dimension S, for stacks, the result is (S,).
 
     The posterior of the modes, raised to the power `sharpness`, weighs their likelihoods. With a single mode this is plain
     imitation, with the sharpness 1 the gradient is that of -log p(tau_i)."""
     log_joint = policy.log_joint(observations, actions)  # (B, A, num_modes)
     posterior = (sharpness * log_joint).detach().softmax(dim=-1)
-    return -(posterior * log_joint).sum(dim=-1).mean() / actions.shape[1]
+    return -(posterior * log_joint).sum(dim=-1).mean(dim=(-2, -1)) / actions.shape[-2]
 
 
 @torch.no_grad()
@@ -829,82 +1058,95 @@ def evaluate(policy, observations, actions, trajectories) -> dict[str, float]:
     return dict(zip(("bc/nll", "bc/mode_nll", "bc/accuracy"), (totals / len(trajectories)).tolist(), strict=True))
 
 
+def imitate(runs: list[Args], shape: dict, observations, actions, held_out, training, generators: list, log) -> list[dict]:
+    """BC policies of that shape, one for each run, from its own training trajectories (S, n) -> their best epochs: weights,
+    epoch and number of updates per second, and a history of [epoch, mode_nll, nll, accuracy]."""
+    args, device = runs[0], observations.device
+    batch_size = min(args.batch_size, training.shape[1])
+    updates_per_epoch = training.shape[1] // batch_size  # each epoch leaves out the rest of its order
+    num_updates = args.max_epochs * updates_per_epoch
+    stack, policy = stack_networks(AgentNetwork, shape, runs, device), AgentNetwork(**shape).to(device)
+    optimizer = make_optimizer(stack, args.learning_rate, device)
+
+    def compute_losses(batch, sharpness):  # batch (S, B)
+        with mixed_precision(args.bf16, device):
+            return bc_loss(stack, observations[batch][..., :-1, :, :], actions[batch], sharpness)
+
+    update = accelerate(compute_losses, lambda losses: take_step(losses, optimizer, 1.0), args, device)
+    results = [dict(nll=float("inf"), epoch=0, weights=None, history=[]) for _ in runs]
+    progress = tqdm(total=num_updates, desc="imitation", unit="update", mininterval=1)
+    training_time = 0.0
+    for epoch in range(1, args.max_epochs + 1):
+        start = time.time()
+        order = torch.stack([torch.randperm(training.shape[1], generator=generator) for generator in generators]).to(device)
+        for batch in training.gather(1, order).split(batch_size, dim=1)[:updates_per_epoch]:
+            done = progress.n / num_updates
+            # Deterministic annealing: modes that are told apart at once divide the states among themselves instead of the
+            # players. Slowly, they first learn to imitate the whole mixture, and then what is left to explain.
+            sharpness = min(done / args.annealing, 1.0) ** 2 if args.annealing > 0 else 1.0
+            follow_cosine(optimizer, args.learning_rate, done)
+            update(batch, torch.tensor(sharpness).to(device, non_blocking=True))
+            progress.update()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        training_time += time.time() - start
+        for s, result in enumerate(results):
+            policy.load_state_dict(unstack(stack, s))
+            metrics = evaluate(policy, observations, actions, held_out[s])
+            log(s, metrics, epoch * updates_per_epoch)
+            result["history"].append([epoch, metrics["bc/mode_nll"], metrics["bc/nll"], metrics["bc/accuracy"]])
+            if metrics["bc/mode_nll"] < result["nll"]:
+                result |= dict(nll=metrics["bc/mode_nll"], epoch=epoch, weights=unstack(stack, s))
+        progress.set_postfix(nll=f"{metrics['bc/mode_nll']:.4f}")
+    progress.close()
+    for run, result in zip(runs, results, strict=True):
+        result["speed"] = len(runs) * num_updates / training_time
+        if result["weights"] is None:
+            rate, which = f"{args.learning_rate:g}", f"(seed {run.seed})"
+            raise UserError(f"--learning-rate {rate}: the loss was never finite {which}; try a smaller one")
+    return results
+
+
 def main(args: Args) -> None:
     device = set_up(args)
+    runs = list_runs(args)
     env_name = game_name(args)
     data_path = Path(args.data_path or f"runs/{env_name}/{args.dataset}/dataset.npz")
-    run_name = f"-{args.run_name}" if args.run_name else ""
-    bc_path = Path(args.bc_path or data_path.parent / f"bc{run_name}-seed{args.seed}.pt")
+    paths = [output_path(run, args.bc_path, data_path.parent, "bc", "", len(runs)) for run in runs]
     data, meta = load_dataset(data_path, env_name, ("observations", "actions"))
-    check_replaceable(bc_path, "bc", args, {"dataset": meta["hash"]})
-    log = start_tracking(args, bc_path.stem)
+    for run, path in zip(runs, paths, strict=True):
+        check_replaceable(path, "bc", run, {"dataset": meta["hash"]})
+    log = start_tracking(args, [path.stem for path in paths])
 
     observations, actions = data["observations"].to(device), data["actions"].to(device)
     N, T, A = actions.shape
     game = find_game(data_path, env_name, (A, observations.shape[-1], meta["num_actions"], T))
     if N < 2:
         raise UserError(f"{data_path}: 'actions' has {N} trajectory; at least 2 are needed, one of them held out")
-    generator = torch.Generator(device).manual_seed(args.seed)
-    order = torch.randperm(N, generator=generator, device=device)
-    held_out, training = order.split([max(N // 10, 1), N - max(N // 10, 1)])
+    generators = [torch.Generator().manual_seed(run.seed) for run in runs]
+    order = torch.stack([torch.randperm(N, generator=generator) for generator in generators]).to(device)  # (S, N)
+    held_out, training = order.split([max(N // 10, 1), N - max(N // 10, 1)], dim=1)
 
     shape = dict(observation_dim=observations.shape[-1], num_agents=A, num_actions=meta["num_actions"], horizon=T)
     shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, time_input=args.time_input)
     shape |= dict(num_modes=args.num_modes)
-    policy = AgentNetwork(**shape).to(device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate)
-    updates_per_epoch = -(-len(training) // args.batch_size)
-    num_updates = args.max_epochs * updates_per_epoch
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_updates)
-
-    update = 0
-    best_nll, best_epoch, best_weights, history = float("inf"), 0, None, []
-    progress = tqdm(total=num_updates, desc="imitation", unit="update", mininterval=1)
-    training_time = 0.0
-    for epoch in range(1, args.max_epochs + 1):
-        start = time.time()
-        shuffled = training[torch.randperm(len(training), generator=generator, device=device)]
-        for batch in shuffled.split(args.batch_size):
-            # Deterministic annealing: modes that are told apart at once divide the states among themselves instead of the
-            # players. Slowly, they first learn to imitate the whole mixture, and then what is left to explain.
-            sharpness = min(update / (args.annealing * num_updates), 1.0) ** 2 if args.annealing > 0 else 1.0
-            with mixed_precision(args.bf16, device):
-                loss = bc_loss(policy, observations[batch, :-1], actions[batch], sharpness)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            update += 1
-            progress.update()
-        training_time += time.time() - start
-        metrics = evaluate(policy, observations, actions, held_out)
-        log(metrics, epoch * updates_per_epoch)
-        history.append([epoch, metrics["bc/mode_nll"], metrics["bc/nll"], metrics["bc/accuracy"]])
-        progress.set_postfix(nll=f"{metrics['bc/mode_nll']:.4f}")
-        if metrics["bc/mode_nll"] < best_nll:
-            best_nll, best_epoch, best_weights = metrics["bc/mode_nll"], epoch, copy.deepcopy(policy.state_dict())
-        elif update > args.annealing * num_updates and epoch - best_epoch >= args.patience:
-            break
-    progress.close()
-    if best_weights is None:
-        raise UserError(f"--learning-rate {args.learning_rate:g}: the loss was never finite; try a smaller one")
-
-    policy.load_state_dict(best_weights)
-    metrics = evaluate(policy, observations, actions, held_out)
-    metrics |= {"best_epoch": best_epoch, "speed/updates_per_second": update / training_time}
-    if game is not None:
-        metrics |= game.metrics(mean_return(game, policy, TEST_EPISODES, args.seed + 10**6, device, sample=True))
-        metrics["charts/greedy_test_return"] = mean_return(game, policy, TEST_EPISODES, args.seed + 10**6, device)
-    else:
+    results = imitate(runs, shape, observations, actions, held_out, training, generators, log)
+    if game is None:
         print(f"{env_name} is no game of this script: evaluation skipped")
-    log(metrics, update)
-
-    meta = dict(env=env_name, sources={"dataset": meta["hash"]}, network=shape)
-    save_checkpoint(bc_path, "bc", args, meta, policy, {}, metrics | {"history": history})
-    print(f"{bc_path}: epoch {best_epoch} of {len(history)}")
-    for name, value in metrics.items():
-        print(f"  {name:28s} {value:.4f}")
+    policy = AgentNetwork(**shape).to(device)
+    policy_meta = dict(env=env_name, sources={"dataset": meta["hash"]}, network=shape)
+    for s, (run, path, result) in enumerate(zip(runs, paths, results, strict=True)):
+        policy.load_state_dict(result["weights"])
+        metrics = evaluate(policy, observations, actions, held_out[s])
+        metrics |= {"best_epoch": result["epoch"], "speed/updates_per_second": result["speed"]}
+        if game is not None:
+            metrics |= game.metrics(mean_return(game, policy, TEST_EPISODES, run.seed + 10**6, device, sample=True))
+            metrics["charts/greedy_test_return"] = mean_return(game, policy, TEST_EPISODES, run.seed + 10**6, device)
+        log(s, metrics, args.max_epochs * (training.shape[1] // args.batch_size))
+        save_checkpoint(path, "bc", run, policy_meta, policy, {}, metrics | {"history": result["history"]})
+        print(f"{path}: epoch {result['epoch']} of {args.max_epochs}")
+        for name, value in metrics.items():
+            print(f"  {name:28s} {value:.4f}")
 
 
 if __name__ == "__main__":

@@ -32,15 +32,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import ctypes
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +62,12 @@ class Args:
     """agents of spread; 3 where this is not given"""
     num_landmarks: int | None = None
     """landmarks of spread; as many as agents where this is not given"""
-    alpha: float = 1.0
-    """weight of the smoothness term, Eq. (1)"""
+    alpha: float | tuple[float, ...] = 1.0
+    """weight of the smoothness term, Eq. (1); several: a run for each of them"""
     seed: int = 1
     """fixes everything"""
+    num_seeds: int = 1
+    """train the seeds seed, seed + 1, ... at once, so many; a file for each run"""
     preset: str = "default"
     """default, or paper: the values of the paper's Table 5"""
     run_name: str = ""
@@ -94,16 +97,18 @@ class Args:
     """of Adam; falls to zero along a cosine over max_epochs"""
     max_epochs: int = 8
     """passes over the training pairs"""
-    patience: int = 5
-    """stop after this many epochs without a better held-out likelihood"""
     bf16: bool = True
-    """hidden layers multiply in bfloat16 in training, where the CPU has instructions for it"""
+    """hidden layers multiply in bfloat16 in training, where the device has instructions for it"""
+    compile: bool | None = None
+    """True, False: fuse the loss into few kernels with torch.compile; by default on CUDA"""
+    cudagraphs: bool | None = None
+    """True, False: record an update as a CUDA graph and replay it; by default on CUDA"""
 
 
 PRESETS = {  # by game
     "default": {},
     "paper": {  # Table 5
-        "all": dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100, patience=100, bf16=False),
+        "all": dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100, bf16=False),
         "reference": dict(hidden_dim=64),
         "tag": dict(network="gru", hidden_dim=64),
     },
@@ -159,12 +164,13 @@ def set_up(args) -> torch.device:
     choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        numbers = value if isinstance(value, tuple) else (value,)
         low = 0 if name in ("seed", "imitation_updates") else 1
         if name in choices and value not in choices[name]:
             raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
         if type(value) is int and not low <= value < 2**31:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
-        if type(value) is float and not 0 <= value < float("inf"):
+        if any(type(number) is float and not 0 <= number < float("inf") for number in numbers):
             raise UserError(f"{flag}: must be a finite number and not negative")
         if (
             name in ("learning_rate", "imitation_learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth")
@@ -174,7 +180,10 @@ def set_up(args) -> torch.device:
         shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
+    if getattr(args, "cudagraphs", None) and not torch.cuda.is_available():
+        raise UserError("--cudagraphs True: there is no CUDA device")
     torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -189,17 +198,27 @@ def set_up(args) -> torch.device:
     return device
 
 
-def start_tracking(args, name: str) -> Callable[[dict, int], None]:
-    """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
+def keep_freed_memory() -> None:
+    """Have the C library hold on to freed memory. By default it returns large blocks to the system, and getting them anew costs
+    a fifth of the time of an update on CPU. Does nothing where that library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for parameter, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
+    """-> log(s, metrics, step), s being the run's place in `names`; with several, its name goes before those of its metrics.
+    Without --track it does nothing and wandb is not imported."""
     if not args.track:
-        return lambda metrics, step: None
+        return lambda s, metrics, step: None
     try:
         import wandb
 
-        run = wandb.init(project="marlhf", name=name, config=vars(args), reinit="finish_previous")
+        run = wandb.init(project="marlhf", name=names[0], config=vars(args), reinit="finish_previous")
     except Exception as error:
         raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    return lambda metrics, step: run.log(metrics, step=step)
+    prefixes = [f"{name}/" if len(names) > 1 else "" for name in names]
+    return lambda s, metrics, step: run.log({prefixes[s] + name: value for name, value in metrics.items()}, step=step)
 
 
 # --- end shared block ---
@@ -208,10 +227,143 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
 # --- shared block: mixed_precision ---
 # Origin: train_reward.py.
 def mixed_precision(enabled: bool, device: torch.device):
-    """Context for training in which the hidden layers multiply in bfloat16, where the CPU has instructions for that. The last
-    layers, losses and targets stay in float32."""
-    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
+    """Context for training in which the hidden layers multiply in bfloat16, where the device has instructions for that. The
+    last layers, losses and targets stay in float32."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported()
+    else:
+        capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable, cache_enabled=False)
+
+
+# --- end shared block ---
+
+
+# --- shared block: runs ---
+# Origin: train_reward.py. Several runs trained as one: networks, minibatches and losses have a leading dimension S, and each
+# run gets what it would get alone.
+def list_runs(args, varied: str = "") -> list:
+    """The runs that a command asks for, each as the Args of a command of its own: every one of --num-seeds seeds with every
+    value of the flag `varied`, which may have several."""
+    values = getattr(args, varied) if varied else None
+    values = values if isinstance(values, tuple) else (values,)
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"--{varied} {' '.join(map(str, values))}: every value once, and at least one")
+    changes = [{varied: value} for value in values] if varied else [{}]
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    return [replace(args, seed=seed, num_seeds=1, **change) for seed in seeds for change in changes]
+
+
+def output_path(run, named: str, folder: Path, kind: str, values: str, num_runs: int) -> Path:
+    """Where a run writes: folder/KIND[-RUN NAME]VALUES-seedSEED.pt, or the file that the user names for a single run."""
+    if named and num_runs > 1:
+        raise UserError(f"{named}: names one file, but this command makes {num_runs}; leave the path out")
+    run_name = f"-{run.run_name}" if run.run_name else ""
+    return Path(named or folder / f"{kind}{run_name}{values}-seed{run.seed}.pt")
+
+
+def stack_networks(network_class: type, shape: dict, runs: list, device) -> nn.Module:
+    """A network of that shape for each run, from its seed, as one whose parameters have a leading dimension S."""
+    networks = []
+    for run in runs:
+        torch.manual_seed(run.seed)
+        networks.append(network_class(**shape))
+    for name, parameter in networks[0].named_parameters():
+        parameter.data = torch.stack([parameter.data, *(network.get_parameter(name).data for network in networks[1:])])
+    return networks[0].to(device)
+
+
+def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
+    """The weights of run s, as the state_dict of a network by itself."""
+    return {name: tensor[s].clone() for name, tensor in stack.state_dict().items()}
+
+
+def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
+    cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
+    return torch.optim.Adam(stack.parameters(), lr=torch.tensor(learning_rate) if cuda else learning_rate, capturable=cuda)
+
+
+def follow_cosine(optimizer: torch.optim.Adam, learning_rate: float, done: float) -> None:
+    """The learning rate when that share of all updates is done: it falls to zero along half a cosine."""
+    for group in optimizer.param_groups:
+        rate = 0.5 * learning_rate * (1 + math.cos(math.pi * done))
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+
+
+def take_step(losses: torch.Tensor, optimizer: torch.optim.Adam, max_grad_norm: float = float("inf")) -> None:
+    """One step of every run down its own loss, losses (S,); each run's gradient is clipped to that norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    losses.sum().backward()
+    if max_grad_norm < float("inf"):
+        squares = torch.stack([parameter.grad.flatten(1).square().sum(dim=1) for parameter in parameters])
+        scale = (max_grad_norm / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1)  # (S,)
+        for parameter in parameters:
+            parameter.grad.mul_(scale.view(-1, *[1] * (parameter.dim() - 1)))
+    optimizer.step()
+
+
+def accelerate(compute_losses: Callable, step: Callable, args, device: torch.device) -> Callable:
+    """-> update(*inputs), which is step(compute_losses(*inputs)) as fast as the device allows, and returns the losses (S,).
+
+    With --compile, compute_losses and its gradient become fused kernels. With --cudagraphs, all that the fourth call
+    launches is recorded and replayed from then on; inputs are copied to where that call's stood, and whatever else `step`
+    changes or compute_losses reads must stay where it is. What fails goes on without, after one line of warning."""
+    on_cuda = device.type == "cuda"
+    eager_losses = compute_losses
+    use_graph = on_cuda and args.cudagraphs is not False
+    if on_cuda if args.compile is None else args.compile:
+        compute_losses = torch.compile(compute_losses, dynamic=False)
+    calls, graph, static_inputs, static_losses = 0, None, (), None
+
+    def run(*inputs):
+        losses = compute_losses(*inputs)
+        step(losses)
+        return losses.detach()
+
+    def warn(what: str, error: Exception) -> None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        tqdm.write(f"warning: {what} failed, going on without it ({reason})", file=sys.stderr)
+
+    def update(*inputs):
+        nonlocal calls, compute_losses, use_graph, graph, static_inputs, static_losses
+        calls += 1
+        if calls == 1:
+            try:
+                return run(*inputs)
+            except Exception as error:
+                if compute_losses is eager_losses:
+                    raise
+                warn("--compile", error)
+                compute_losses = eager_losses
+        if use_graph and calls <= 3:  # warm up on the side, as recording asks for
+            with on_side_stream():
+                return run(*inputs)
+        if use_graph and graph is None:
+            try:
+                static_inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    static_losses = run(*static_inputs)
+            except Exception as error:
+                use_graph, graph = False, None
+                warn("--cudagraphs", error)
+        if graph is None:
+            return run(*inputs)
+        for static, x in zip(static_inputs, inputs, strict=True):
+            static.copy_(x)
+        graph.replay()
+        return static_losses
+
+    return update
+
+
+@contextlib.contextmanager
+def on_side_stream():
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 # --- end shared block ---
@@ -223,7 +375,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -403,6 +555,83 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
 # --- end shared block ---
 
 
+# --- shared block: layers ---
+# Origin: vdn_rlhf.py. Layers of one network or of a stack: S networks of one shape that are trained at once. The parameters
+# of a stack have a leading dimension S, and so has whatever goes in and comes out.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out); in a stack all of them have the leading dimension S."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    if len(weight) == 1:
+        return F.linear(x.squeeze(0), weight.squeeze(0), None if bias is None else bias.squeeze(0)).unsqueeze(0)
+    if x.device.type == "cpu":  # here a product for each run is faster than one for all
+        biases = [None] * len(weight) if bias is None else bias
+        return torch.stack([F.linear(*run) for run in zip(x, weight, biases, strict=True)])
+    rows = x.flatten(1, -2)
+    outputs = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+    return outputs.view(*x.shape[:-1], -1)
+
+
+def gru(x: torch.Tensor, layer: nn.GRU, memory: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence of nn.GRU, with the parameters of `layer`. x (*S, B, T, A, H) -> (*S, B, T, A, H) and the state after the
+    last step, which the next call takes as `memory`. Every agent of every episode is a sequence of its own."""
+    runs, (B, _, A, _) = x.shape[:-4], x.shape[-4:]
+    gates = linear(x, layer.weight_ih_l0, layer.bias_ih_l0).to(layer.weight_hh_l0.dtype)
+    weight, bias = layer.weight_hh_l0, layer.bias_hh_l0
+    if not runs:
+        gates, weight, bias = gates[None], weight[None], bias[None]
+    gates = gates.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (T, S, B * A, 3 * H)
+    if memory is None:
+        memory = gates.new_zeros(gates.shape[1], B * A, weight.shape[-1])
+    states = GRURecurrence.apply(gates.contiguous(), memory, weight, bias)  # (T, S, B * A, H)
+    outputs = states.unflatten(2, (B, A)).permute(1, 2, 0, 3, 4)
+    return outputs if runs else outputs.squeeze(0), states[-1]
+
+
+class GRURecurrence(torch.autograd.Function):
+    """h_t = (1 - z) * n + z * h_{t-1} with r, z = sigmoid(x_rz + g_rz), n = tanh(x_n + r * g_n) and g = h_{t-1} W^T + b, the
+    equations of nn.GRU. The gradient is written out, because autograd's takes several small operations a step for each
+    of these; nn.GRU itself has no stacks."""
+
+    @staticmethod
+    def forward(ctx, x, memory, weight, bias):
+        """x (T, S, M, 3 * H): what the inputs add to the gates r, z, n; memory (S, M, H) -> states (T, S, M, H)."""
+        T, S, M, H = *x.shape[:3], memory.shape[-1]
+        h, g, rz, n = (x.new_empty(steps, S, M, width) for steps, width in ((T + 1, H), (T, 3 * H), (T, 2 * H), (T, H)))
+        h[0] = memory
+        with torch.autocast(x.device.type, enabled=False):
+            for t in range(T):
+                torch.baddbmm(bias[:, None], h[t], weight.mT, out=g[t])
+                torch.add(x[t, ..., : 2 * H], g[t, ..., : 2 * H], out=rz[t]).sigmoid_()
+                torch.addcmul(x[t, ..., 2 * H :], rz[t, ..., :H], g[t, ..., 2 * H :], out=n[t]).tanh_()
+                torch.lerp(n[t], h[t], rz[t, ..., H:], out=h[t + 1])
+        ctx.save_for_backward(weight, h, g, rz, n)
+        return h[1:]
+
+    @staticmethod
+    def backward(ctx, d_states):
+        weight, h, g, rz, n = ctx.saved_tensors
+        T, S, M, H = n.shape
+        (r, z), g_n = rz.split(H, dim=-1), g[..., 2 * H :]
+        # What a change of h_t means for x_n, x_r, x_z and g_n: known for all steps at once, but for d h_t itself.
+        d_gates = n.new_empty(T, S, M, 4, H)
+        d_n = (1 - z) * (1 - n * n)
+        d_gates[..., 0, :], d_gates[..., 1, :] = d_n, d_n * g_n * r * (1 - r)
+        d_gates[..., 2, :], d_gates[..., 3, :] = (h[:-1] - n) * z * (1 - z), d_n * r
+        d_h = d_states[-1]
+        for t in reversed(range(T)):
+            d_gates[t] *= d_h[:, :, None]
+            d_h = torch.addcmul(d_states[t - 1], d_h, z[t]) if t > 0 else d_h * z[t]
+            d_h = d_h.baddbmm(d_gates[t, :, :, 1:].flatten(-2), weight)
+        d_g = d_gates[..., 1:, :].flatten(-2).transpose(0, 1).flatten(1, 2)  # (S, T * M, 3 * H)
+        d_weight = d_g.mT @ h[:-1].transpose(0, 1).flatten(1, 2)
+        d_x = torch.cat([d_gates[..., 1:3, :].flatten(-2), d_gates[..., 0, :]], dim=-1)
+        return d_x, d_h, d_weight, d_g.sum(dim=1)
+
+
+# --- end shared block ---
+
+
 # --- shared block: reward_network ---
 # Origin: train_reward.py. r_phi of Eq. (1) to (4).
 class RewardNetwork(nn.Module):
@@ -422,44 +651,54 @@ class RewardNetwork(nn.Module):
         self.input, self.network, self.num_agents, self.num_actions = input, network, num_agents, num_actions
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """observations (B, T, A, D), actions (B, T, A) -> rewards (B, T, A)."""
-        B, T, A, _ = observations.shape
-        if self.input == "joint":
-            observations = observations.flatten(2)[:, :, None]  # (B, T, 1, A * D): embedded once, added to every agent
-        ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
+        """observations (B, T, A, D), actions (B, T, A) -> rewards (B, T, A); in a stack all with a leading dimension S."""
+        A = observations.shape[-2]
+        if self.input == "joint":  # (B, T, 1, A * D): embedded once, added to every agent
+            observations = observations.flatten(-2)[..., None, :]
+        ids = torch.eye(A, device=observations.device).expand(*actions.shape, A)
         chosen = F.one_hot(actions.long(), self.num_actions).to(observations.dtype)
-        x = self.observation_embedding(observations) + self.action_embedding(torch.cat([ids, chosen], dim=-1))
+        x = linear(observations, self.observation_embedding.weight, self.observation_embedding.bias)
+        x = x + linear(torch.cat([ids, chosen], dim=-1), self.action_embedding.weight, None)
         x = F.relu(x)  # (B, T, A, H)
         if self.network == "gru":
-            x, _ = self.body(x.transpose(1, 2).flatten(0, 1))  # (B * A, T, H)
-            x = x.unflatten(0, (B, A)).transpose(1, 2)
+            x, _ = gru(x, self.body, None)
         else:
-            x = self.body(x)
+            for layer in self.body[::2]:
+                x = F.relu(linear(x, layer.weight, layer.bias))
         with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
-            return self.head(x.to(self.head.weight.dtype)).squeeze(-1)
+            return linear(x.to(self.head.weight.dtype), self.head.weight, self.head.bias).squeeze(-1)
 
 
 # --- end shared block ---
 
 
-def reward_loss(rewards, pairs, labels, alpha: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reward_loss(rewards, pairs, labels, alpha) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Eq. (1) and (2) for one minibatch. rewards (B, T, A) of its trajectories, pairs (P, 2) indices into them,
-    labels (P, A) in +-1 -> loss, negative log-likelihood per label, L_MSE over the variance (deviation 1)."""
-    returns = rewards.sum(dim=1)  # (B, A)
-    difference = returns[pairs[:, 0]] - returns[pairs[:, 1]]  # (P, A)
+    labels (P, A) in +-1 -> loss, negative log-likelihood per label, L_MSE over the variance (deviation 1). For stacks all of
+    them have a leading dimension S, alpha too."""
+    returns = rewards.sum(dim=-2)  # (B, A)
+    difference = return_difference(returns, pairs)  # (P, A)
     nll = -F.logsigmoid(labels * difference)
-    l_mse = (rewards[:, 1:] - rewards[:, :-1]).square().sum(dim=(1, 2)).mean()  # Eq. (2)
+    l_mse = (rewards[..., 1:, :] - rewards[..., :-1, :]).square().sum(dim=(-2, -1)).mean(dim=-1)  # Eq. (2)
     # Deviation: Eq. (1) divides by Var_D(r_phi) of the steps, under which the model collapses to a constant.
-    smoothness = l_mse / returns.var(correction=0).detach().clamp(min=1)
-    return nll.sum(dim=1).mean() + alpha * smoothness, nll.mean(), smoothness
+    smoothness = l_mse / returns.var(dim=(-2, -1), correction=0).detach().clamp(min=1)
+    return nll.sum(dim=-1).mean(dim=-1) + alpha * smoothness, nll.mean(dim=(-2, -1)), smoothness
 
 
-def split_into_minibatches(data: dict, generator) -> tuple[list, list, list]:
-    """Training, early-stopping and test part (80/10/10), no trajectory in two of them. Each is a list of minibatches:
-    trajectories (B,), pairs (P, 2) as positions in `trajectories`, labels (P, A).
+def return_difference(returns: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """returns (..., B, A), pairs (..., P, 2) -> by how much the first of each pair earned more, (..., P, A)."""
+    first, second = (returns.take_along_dim(index[..., None], dim=-2) for index in pairs.unbind(dim=-1))
+    return first - second
 
-    With blocks, a minibatch is a block. Without, the trajectories are split, pairs that cross the split are dropped, and a
-    minibatch is MINIBATCH_PAIRS pairs with their trajectories."""
+
+def split_into_minibatches(data: dict, generator) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Training, early-stopping and test part (80/10/10), no trajectory in two of them. Each is M minibatches of equal size:
+    trajectories (M, B), pairs (M, P, 2) as positions among a minibatch's trajectories, labels (M, P, A). M = 0 where too
+    little is left.
+
+    With blocks of equal size, a minibatch is a block. Otherwise a minibatch is up to MINIBATCH_PAIRS pairs with their
+    trajectories. Parts are whole blocks; without any, the trajectories are split, and pairs that cross the split are
+    dropped."""
     num_trajectories, pairs, labels = len(data["actions"]), data["pairs"].long(), data["labels"].float()
     group = data["block"].long() if "block" in data else torch.arange(num_trajectories)
     group = group.unique(return_inverse=True)[1]
@@ -474,39 +713,47 @@ def split_into_minibatches(data: dict, generator) -> tuple[list, list, list]:
     if dropped:
         print(f"{dropped} of {len(pairs)} pairs compare across training, early-stopping and test part: dropped")
 
-    parts = ([], [], [])
-    if "block" in data:
+    sizes, counts = (torch.bincount(index, minlength=num_groups) for index in (group, group[pairs[:, 0]]))
+    if "block" in data and (sizes == sizes[0]).all() and (counts == counts[0]).all():
+        members = torch.argsort(group, stable=True).view(num_groups, -1)  # (groups, B)
         position = torch.empty(num_trajectories, dtype=torch.long)
-        pairs_by_group = torch.argsort(group[pairs[:, 0]], stable=True)
-        counts = torch.bincount(group[pairs[:, 0]], minlength=num_groups).tolist()
-        for g, chosen in enumerate(pairs_by_group.split(counts)):
-            trajectories = (group == g).nonzero().squeeze(1)
-            position[trajectories] = torch.arange(len(trajectories))
-            if len(chosen):
-                parts[part_of_group[g]].append((trajectories, position[pairs[chosen]], labels[chosen]))
-    else:
-        for p in range(3):
-            chosen = (part_of_pair == p).nonzero().squeeze(1)
-            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-            for minibatch in chosen.split(MINIBATCH_PAIRS) if len(chosen) else ():
-                local = torch.arange(2 * len(minibatch)).view(-1, 2)
-                parts[p].append((pairs[minibatch].flatten(), local, labels[minibatch]))
+        position[members] = torch.arange(members.shape[1]).expand_as(members)
+        chosen = torch.argsort(group[pairs[:, 0]], stable=True).view(num_groups, -1)  # (groups, P)
+        minibatches = (members, position[pairs[chosen]], labels[chosen])
+        return [tuple(x[part_of_group == p] for x in minibatches) for p in range(3)]
+    parts = []
+    for p in range(3):
+        chosen = (part_of_pair == p).nonzero().squeeze(1)
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        count = -(-len(chosen) // MINIBATCH_PAIRS)
+        size = len(chosen) // max(count, 1)
+        chosen = chosen[: count * size].view(count, size)
+        local = torch.arange(2 * size).view(size, 2).expand(count, size, 2)
+        parts.append((pairs[chosen].flatten(1), local, labels[chosen]))
     return parts
 
 
+def stack_parts(parts: list, data_path: Path, device) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What split_into_minibatches gives for each run -> the same three parts with a leading dimension S, on the device."""
+    for name, minibatches in zip(("training", "early-stopping", "test"), parts[0], strict=True):
+        if not minibatches[2].numel():
+            raise UserError(f"{data_path}: 'pairs' leaves none for the {name} part; more trajectories or pairs are needed")
+    if any(a[0].shape != b[0].shape for part in parts for a, b in zip(part, parts[0], strict=True)):
+        raise UserError(f"{data_path}: its minibatches differ in number or size from seed to seed; leave out --num-seeds")
+    return [tuple(torch.stack(tensors).to(device) for tensors in zip(*part, strict=True)) for part in zip(*parts, strict=True)]
+
+
 @torch.no_grad()
-def evaluate(model, data: dict, minibatches: list, alpha: float) -> dict[str, float]:
-    """Eq. (1) and its terms and the accuracy, means over the pairs of all minibatches."""
-    totals, num_pairs = torch.zeros(4), 0
-    for trajectories, pairs, labels in minibatches:
+def evaluate(model, data: dict, minibatches: tuple, alpha: float) -> dict[str, float]:
+    """Eq. (1) and its terms and the accuracy, means over all minibatches, (M, ...) each."""
+    totals = 0.0
+    for trajectories, pairs, labels in zip(*minibatches, strict=True):
         rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories])
         loss, nll, smoothness = reward_loss(rewards, pairs, labels, alpha)
-        returns = rewards.sum(dim=1)
-        accuracy = 0.5 + 0.5 * (labels * (returns[pairs[:, 0]] - returns[pairs[:, 1]])).sign().mean()
-        totals += torch.stack([loss, nll, smoothness, accuracy]).cpu() * len(pairs)
-        num_pairs += len(pairs)
+        accuracy = 0.5 + 0.5 * (labels * return_difference(rewards.sum(dim=1), pairs)).sign().mean()
+        totals += torch.stack([loss, nll, smoothness, accuracy])
     names = ("losses/loss", "losses/nll", "losses/smoothness", "reward/accuracy")
-    return dict(zip(names, (totals / num_pairs).tolist(), strict=True))
+    return dict(zip(names, (totals / len(minibatches[0])).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -516,10 +763,10 @@ def predict(model, data: dict, trajectories: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(data["observations"][chunk, :-1], data["actions"][chunk]) for chunk in chunks])
 
 
-def compare_with_truth(model, data: dict, minibatches: list, meta: dict) -> dict[str, float]:
+def compare_with_truth(model, data: dict, minibatches: tuple, meta: dict) -> dict[str, float]:
     """Diagnostics on the test part: predicted against true step rewards, and what the true returns, which drew the labels,
     would reach as a model (only where the meta tells how the labels were drawn)."""
-    trajectories = torch.cat([minibatch[0] for minibatch in minibatches]).unique()
+    trajectories = minibatches[0].unique()
     rewards = predict(model, data, trajectories).double().cpu(), data["true_rewards"][trajectories.cpu()].double()
     predicted, true = ((r - r.mean()) / r.std(correction=0).clamp(min=1e-8) for r in rewards)
     metrics = {"reward/standardized_mse": (predicted - true).square().mean().item()}
@@ -530,91 +777,113 @@ def compare_with_truth(model, data: dict, minibatches: list, meta: dict) -> dict
     except (KeyError, TypeError, ValueError, RuntimeError):
         print("the meta does not tell how the labels were drawn: their Bayes likelihood and accuracy skipped")
     else:
-        logits = []
-        for trajectories, pairs, labels in minibatches:
-            returns = data["true_rewards"][trajectories.cpu()].double().sum(dim=1)  # (B, A)
-            returns = (returns - mean) / std.clamp(min=1e-8)
-            pairs = pairs.cpu()
-            logits.append(labels.cpu() * steepness * (returns[pairs[:, 0]] - returns[pairs[:, 1]]))
-        metrics["reward/bayes_nll"] = -F.logsigmoid(torch.cat(logits)).mean().item()
-        metrics["reward/bayes_accuracy"] = 0.5 + 0.5 * torch.cat(logits).sign().mean().item()
+        trajectories, pairs, labels = (x.cpu() for x in minibatches)
+        returns = data["true_rewards"][trajectories].double().sum(dim=-2)  # (M, B, A)
+        logits = labels * steepness * return_difference((returns - mean) / std.clamp(min=1e-8), pairs)
+        metrics["reward/bayes_nll"] = -F.logsigmoid(logits).mean().item()
+        metrics["reward/bayes_accuracy"] = 0.5 + 0.5 * logits.sign().mean().item()
+    return metrics
+
+
+def learn_rewards(runs: list[Args], shape: dict, data: dict, parts: list, generators: list, log) -> list[dict]:
+    """Reward models of that shape, one for each run, on its own split of the data -> their best epochs: weights, epoch and
+    number of updates per second, the final weights, and a history of [epoch, nll, smoothness, accuracy]."""
+    args, device = runs[0], parts[0][0].device
+    training, validation, _ = parts
+    num_minibatches = training[0].shape[1]
+    num_updates = args.max_epochs * num_minibatches
+    stack, model = stack_networks(RewardNetwork, shape, runs, device), RewardNetwork(**shape).to(device)
+    optimizer = make_optimizer(stack, args.learning_rate, device)
+    alphas = torch.tensor([run.alpha for run in runs], device=device)
+    run_index = torch.arange(len(runs), device=device)
+
+    def compute_losses(minibatch):  # (S,): the number of each run's minibatch
+        trajectories, pairs, labels = (x[run_index, minibatch] for x in training)
+        with mixed_precision(args.bf16, device):
+            rewards = stack(data["observations"][trajectories][..., :-1, :, :], data["actions"][trajectories])
+        return reward_loss(rewards, pairs, labels, alphas)[0]
+
+    update = accelerate(compute_losses, lambda losses: take_step(losses, optimizer), args, device)
+    results = [dict(loss=float("inf"), epoch=0, weights=None, history=[]) for _ in runs]
+    values = ", ".join(f"{alpha:g}" for alpha in dict.fromkeys(alphas.tolist()))
+    progress = tqdm(total=num_updates, desc=f"reward model, alpha {values}", unit="update", mininterval=1)
+    training_time = 0.0
+    for epoch in range(1, args.max_epochs + 1):
+        start = time.time()
+        orders = [torch.randperm(num_minibatches, generator=generator) for generator in generators]
+        for minibatch in torch.stack(orders, dim=1).to(device):
+            follow_cosine(optimizer, args.learning_rate, progress.n / num_updates)
+            update(minibatch)
+            progress.update()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        training_time += time.time() - start
+        for s, (run, result) in enumerate(zip(runs, results, strict=True)):
+            model.load_state_dict(unstack(stack, s))
+            metrics = evaluate(model, data, [x[s] for x in validation], run.alpha)
+            log(s, {f"validation/{name}": value for name, value in metrics.items()}, epoch * num_minibatches)
+            result["history"].append([epoch, metrics["losses/nll"], metrics["losses/smoothness"], metrics["reward/accuracy"]])
+            if metrics["losses/loss"] < result["loss"]:  # Eq. (1) of the early-stopping part
+                result |= dict(loss=metrics["losses/loss"], epoch=epoch, weights=unstack(stack, s))
+        progress.set_postfix(nll=f"{metrics['losses/nll']:.4f}", accuracy=f"{metrics['reward/accuracy']:.3f}")
+    progress.close()
+    for s, (run, result) in enumerate(zip(runs, results, strict=True)):
+        result |= dict(final_weights=unstack(stack, s), speed=len(runs) * num_updates / training_time)
+        if result["weights"] is None:
+            which = f"(seed {run.seed}, alpha {run.alpha:g})"
+            raise UserError(f"--learning-rate {args.learning_rate:g}: the loss was never finite {which}; try a smaller one")
+    return results
+
+
+def report(run: Args, path: Path, model: RewardNetwork, shape: dict, data: dict, parts: list, result: dict, meta: dict) -> dict:
+    """Measure what a run learned, write it and print it. `parts` are the run's own. -> metrics"""
+    training, _, test = parts
+    model.load_state_dict(result["final_weights"])
+    final = evaluate(model, data, test, run.alpha)
+    model.load_state_dict(result["weights"])
+    metrics = evaluate(model, data, test, run.alpha)
+    metrics["losses/training_nll"] = evaluate(model, data, training, run.alpha)["losses/nll"]
+    metrics |= {"final/nll": final["losses/nll"], "final/accuracy": final["reward/accuracy"]}
+    metrics |= {"best_epoch": result["epoch"], "speed/updates_per_second": result["speed"]}
+    if "true_rewards" in data:
+        metrics |= compare_with_truth(model, data, test, meta)
+    predicted = predict(model, data, training[0].unique())
+    stats = {"mean": predicted.mean().item(), "std": predicted.std(correction=0).item()}  # Eq. (4), over the training part
+
+    horizon = data["actions"].shape[1]
+    meta = dict(env=meta["env"], horizon=horizon, sources={"dataset": meta["hash"]}, network=shape)
+    save_checkpoint(path, "reward", run, meta, model, stats, metrics | {"history": result["history"]})
+    print(f"{path}: epoch {result['epoch']} of {len(result['history'])}")
+    for name, value in metrics.items():
+        print(f"  {name:28s} {value:.4f}")
     return metrics
 
 
 def main(args: Args) -> None:
     device = set_up(args)
+    runs = list_runs(args, "alpha")
     env_name = game_name(args)
     data_path = Path(args.data_path or f"runs/{env_name}/{args.dataset}/dataset.npz")
-    run_name = f"-{args.run_name}" if args.run_name else ""
-    reward_path = Path(args.reward_path or data_path.parent / f"reward{run_name}-alpha{args.alpha:g}-seed{args.seed}.pt")
+    paths = [output_path(run, args.reward_path, data_path.parent, "reward", f"-alpha{run.alpha:g}", len(runs)) for run in runs]
     data, meta = load_dataset(data_path, env_name, ("observations", "actions", "pairs", "labels"), ("block", "true_rewards"))
-    check_replaceable(reward_path, "reward", args, {"dataset": meta["hash"]})
-    log = start_tracking(args, reward_path.stem)
+    for run, path in zip(runs, paths, strict=True):
+        check_replaceable(path, "reward", run, {"dataset": meta["hash"]})
+    log = start_tracking(args, [path.stem for path in paths])
 
-    generator = torch.Generator().manual_seed(args.seed)
-    parts = split_into_minibatches(data, generator)
-    for minibatches, name in zip(parts, ("training", "early-stopping", "test"), strict=True):
-        if not minibatches:
-            raise UserError(f"{data_path}: 'pairs' leaves none for the {name} part; more trajectories or pairs are needed")
-    training, validation, test = ([tuple(x.to(device) for x in minibatch) for minibatch in part] for part in parts)
+    generators = [torch.Generator().manual_seed(run.seed) for run in runs]
+    parts = stack_parts([split_into_minibatches(data, generator) for generator in generators], data_path, device)
     data["observations"], data["actions"] = data["observations"].to(device), data["actions"].to(device)
-
-    _, T, A = data["actions"].shape
-    shape = dict(observation_dim=data["observations"].shape[-1], num_agents=A, num_actions=meta["num_actions"])
-    shape |= dict(input=args.input, network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers)
-    model = RewardNetwork(**shape).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.max_epochs * len(training))
-
-    best_loss, best_epoch, best_weights, history = float("inf"), 0, None, []
-    progress = tqdm(
-        total=args.max_epochs * len(training), desc=f"reward model, alpha {args.alpha:g}", unit="update", mininterval=1
-    )
-    training_time = 0.0
-    for epoch in range(1, args.max_epochs + 1):
-        start = time.time()
-        for i in torch.randperm(len(training), generator=generator).tolist():
-            trajectories, pairs, labels = training[i]
-            with mixed_precision(args.bf16, device):
-                rewards = model(data["observations"][trajectories, :-1], data["actions"][trajectories])
-            loss, _, _ = reward_loss(rewards, pairs, labels, args.alpha)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.update()
-        training_time += time.time() - start
-        metrics = evaluate(model, data, validation, args.alpha)
-        log({f"validation/{name}": value for name, value in metrics.items()}, epoch * len(training))
-        history.append([epoch, metrics["losses/nll"], metrics["losses/smoothness"], metrics["reward/accuracy"]])
-        progress.set_postfix(nll=f"{metrics['losses/nll']:.4f}", accuracy=f"{metrics['reward/accuracy']:.3f}")
-        if metrics["losses/loss"] < best_loss:  # Eq. (1) of the early-stopping part
-            best_loss, best_epoch, best_weights = metrics["losses/loss"], epoch, copy.deepcopy(model.state_dict())
-        elif epoch - best_epoch >= args.patience:
-            break
-    progress.close()
-    if best_weights is None:
-        raise UserError(f"--learning-rate {args.learning_rate:g}: the loss was never finite; try a smaller one")
-
-    final = evaluate(model, data, test, args.alpha)
-    model.load_state_dict(best_weights)
-    metrics = evaluate(model, data, test, args.alpha)
-    metrics["losses/training_nll"] = evaluate(model, data, training, args.alpha)["losses/nll"]
-    metrics |= {"final/nll": final["losses/nll"], "final/accuracy": final["reward/accuracy"]}
-    metrics |= {"best_epoch": best_epoch, "speed/updates_per_second": len(history) * len(training) / training_time}
-    if "true_rewards" in data:
-        metrics |= compare_with_truth(model, data, test, meta)
-    else:
+    if "true_rewards" not in data:
         print(f"{data_path} has no true_rewards: reward error and correlation skipped")
-    log(metrics, len(history) * len(training))
-    predicted = predict(model, data, torch.cat([minibatch[0] for minibatch in training]).unique())
-    stats = {"mean": predicted.mean().item(), "std": predicted.std(correction=0).item()}  # Eq. (4), over the training part
 
-    meta = dict(env=env_name, horizon=T, sources={"dataset": meta["hash"]}, network=shape)
-    save_checkpoint(reward_path, "reward", args, meta, model, stats, metrics | {"history": history})
-    print(f"{reward_path}: epoch {best_epoch} of {len(history)}")
-    for name, value in metrics.items():
-        print(f"  {name:28s} {value:.4f}")
+    shape = dict(observation_dim=data["observations"].shape[-1], num_agents=data["actions"].shape[2])
+    shape |= dict(num_actions=meta["num_actions"], input=args.input, network=args.network)
+    shape |= dict(hidden_dim=args.hidden_dim, num_layers=args.num_layers)
+    results = learn_rewards(runs, shape, data, parts, generators, log)
+    model = RewardNetwork(**shape).to(device)
+    for s, (run, path, result) in enumerate(zip(runs, paths, results, strict=True)):
+        metrics = report(run, path, model, shape, data, [[x[s] for x in part] for part in parts], result, meta)
+        log(s, metrics, args.max_epochs * parts[0][0].shape[1])
 
 
 if __name__ == "__main__":

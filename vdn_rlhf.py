@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import ctypes
 import hashlib
 import io
 import json
@@ -43,7 +43,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +66,14 @@ class Args:
     """agents of spread; 3 where this is not given"""
     num_landmarks: int | None = None
     """landmarks of spread; as many as agents where this is not given"""
-    beta: float = 1.0
-    """weight of the KL term, Eq. (3)"""
+    beta: float | tuple[float, ...] = 1.0
+    """weight of the KL term, Eq. (3); several: a run for each of them"""
     alpha: float = 1.0
     """smoothness weight of the reward model to use, Eq. (1)"""
     seed: int = 1
     """fixes everything; also picks the reward model and BC policy of that seed"""
+    num_seeds: int = 1
+    """train the seeds seed, seed + 1, ... at once, so many; a file for each run"""
     preset: str = "default"
     """default, or paper: the values of the paper's Table 5"""
     run_name: str = ""
@@ -124,7 +128,11 @@ class Args:
     max_grad_norm: float = 10.0
     """gradients are clipped to this norm"""
     bf16: bool = True
-    """hidden layers multiply in bfloat16 in training, where the CPU has instructions for it"""
+    """hidden layers multiply in bfloat16 in training, where the device has instructions for it"""
+    compile: bool | None = None
+    """True, False: fuse the loss into few kernels with torch.compile; by default on CUDA"""
+    cudagraphs: bool | None = None
+    """True, False: record an update as a CUDA graph and replay it; by default on CUDA"""
 
 
 PRESETS = {  # by game
@@ -188,12 +196,13 @@ def set_up(args) -> torch.device:
     choices = {"network": ("mlp", "gru"), "input": ("joint", "own"), "backend": ("torch", "mpe2")}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        numbers = value if isinstance(value, tuple) else (value,)
         low = 0 if name in ("seed", "imitation_updates") else 1
         if name in choices and value not in choices[name]:
             raise UserError(f"{flag}: unknown, choose {' or '.join(choices[name])}")
         if type(value) is int and not low <= value < 2**31:
             raise UserError(f"{flag}: must be at least {low} and below 2^31")
-        if type(value) is float and not 0 <= value < float("inf"):
+        if any(type(number) is float and not 0 <= number < float("inf") for number in numbers):
             raise UserError(f"{flag}: must be a finite number and not negative")
         if (
             name in ("learning_rate", "imitation_learning_rate", "prey_learning_rate", "max_grad_norm", "touch_depth")
@@ -203,7 +212,10 @@ def set_up(args) -> torch.device:
         shares = ("gamma", "td_lambda", "gae_lambda", "epsilon", "final_epsilon", "target_update_rate", "feedback", "annealing")
         if name in shares and value > 1:
             raise UserError(f"{flag}: must be at most 1")
+    if getattr(args, "cudagraphs", None) and not torch.cuda.is_available():
+        raise UserError("--cudagraphs True: there is no CUDA device")
     torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -218,17 +230,27 @@ def set_up(args) -> torch.device:
     return device
 
 
-def start_tracking(args, name: str) -> Callable[[dict, int], None]:
-    """-> log(metrics, step). Without --track it does nothing and wandb is not imported."""
+def keep_freed_memory() -> None:
+    """Have the C library hold on to freed memory. By default it returns large blocks to the system, and getting them anew costs
+    a fifth of the time of an update on CPU. Does nothing where that library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for parameter, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
+    """-> log(s, metrics, step), s being the run's place in `names`; with several, its name goes before those of its metrics.
+    Without --track it does nothing and wandb is not imported."""
     if not args.track:
-        return lambda metrics, step: None
+        return lambda s, metrics, step: None
     try:
         import wandb
 
-        run = wandb.init(project="marlhf", name=name, config=vars(args), reinit="finish_previous")
+        run = wandb.init(project="marlhf", name=names[0], config=vars(args), reinit="finish_previous")
     except Exception as error:
         raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    return lambda metrics, step: run.log(metrics, step=step)
+    prefixes = [f"{name}/" if len(names) > 1 else "" for name in names]
+    return lambda s, metrics, step: run.log({prefixes[s] + name: value for name, value in metrics.items()}, step=step)
 
 
 # --- end shared block ---
@@ -237,10 +259,143 @@ def start_tracking(args, name: str) -> Callable[[dict, int], None]:
 # --- shared block: mixed_precision ---
 # Origin: train_reward.py.
 def mixed_precision(enabled: bool, device: torch.device):
-    """Context for training in which the hidden layers multiply in bfloat16, where the CPU has instructions for that. The last
-    layers, losses and targets stay in float32."""
-    capable = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable)
+    """Context for training in which the hidden layers multiply in bfloat16, where the device has instructions for that. The
+    last layers, losses and targets stay in float32."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported()
+    else:
+        capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable, cache_enabled=False)
+
+
+# --- end shared block ---
+
+
+# --- shared block: runs ---
+# Origin: train_reward.py. Several runs trained as one: networks, minibatches and losses have a leading dimension S, and each
+# run gets what it would get alone.
+def list_runs(args, varied: str = "") -> list:
+    """The runs that a command asks for, each as the Args of a command of its own: every one of --num-seeds seeds with every
+    value of the flag `varied`, which may have several."""
+    values = getattr(args, varied) if varied else None
+    values = values if isinstance(values, tuple) else (values,)
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"--{varied} {' '.join(map(str, values))}: every value once, and at least one")
+    changes = [{varied: value} for value in values] if varied else [{}]
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    return [replace(args, seed=seed, num_seeds=1, **change) for seed in seeds for change in changes]
+
+
+def output_path(run, named: str, folder: Path, kind: str, values: str, num_runs: int) -> Path:
+    """Where a run writes: folder/KIND[-RUN NAME]VALUES-seedSEED.pt, or the file that the user names for a single run."""
+    if named and num_runs > 1:
+        raise UserError(f"{named}: names one file, but this command makes {num_runs}; leave the path out")
+    run_name = f"-{run.run_name}" if run.run_name else ""
+    return Path(named or folder / f"{kind}{run_name}{values}-seed{run.seed}.pt")
+
+
+def stack_networks(network_class: type, shape: dict, runs: list, device) -> nn.Module:
+    """A network of that shape for each run, from its seed, as one whose parameters have a leading dimension S."""
+    networks = []
+    for run in runs:
+        torch.manual_seed(run.seed)
+        networks.append(network_class(**shape))
+    for name, parameter in networks[0].named_parameters():
+        parameter.data = torch.stack([parameter.data, *(network.get_parameter(name).data for network in networks[1:])])
+    return networks[0].to(device)
+
+
+def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
+    """The weights of run s, as the state_dict of a network by itself."""
+    return {name: tensor[s].clone() for name, tensor in stack.state_dict().items()}
+
+
+def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
+    cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
+    return torch.optim.Adam(stack.parameters(), lr=torch.tensor(learning_rate) if cuda else learning_rate, capturable=cuda)
+
+
+def follow_cosine(optimizer: torch.optim.Adam, learning_rate: float, done: float) -> None:
+    """The learning rate when that share of all updates is done: it falls to zero along half a cosine."""
+    for group in optimizer.param_groups:
+        rate = 0.5 * learning_rate * (1 + math.cos(math.pi * done))
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+
+
+def take_step(losses: torch.Tensor, optimizer: torch.optim.Adam, max_grad_norm: float = float("inf")) -> None:
+    """One step of every run down its own loss, losses (S,); each run's gradient is clipped to that norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    losses.sum().backward()
+    if max_grad_norm < float("inf"):
+        squares = torch.stack([parameter.grad.flatten(1).square().sum(dim=1) for parameter in parameters])
+        scale = (max_grad_norm / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1)  # (S,)
+        for parameter in parameters:
+            parameter.grad.mul_(scale.view(-1, *[1] * (parameter.dim() - 1)))
+    optimizer.step()
+
+
+def accelerate(compute_losses: Callable, step: Callable, args, device: torch.device) -> Callable:
+    """-> update(*inputs), which is step(compute_losses(*inputs)) as fast as the device allows, and returns the losses (S,).
+
+    With --compile, compute_losses and its gradient become fused kernels. With --cudagraphs, all that the fourth call
+    launches is recorded and replayed from then on; inputs are copied to where that call's stood, and whatever else `step`
+    changes or compute_losses reads must stay where it is. What fails goes on without, after one line of warning."""
+    on_cuda = device.type == "cuda"
+    eager_losses = compute_losses
+    use_graph = on_cuda and args.cudagraphs is not False
+    if on_cuda if args.compile is None else args.compile:
+        compute_losses = torch.compile(compute_losses, dynamic=False)
+    calls, graph, static_inputs, static_losses = 0, None, (), None
+
+    def run(*inputs):
+        losses = compute_losses(*inputs)
+        step(losses)
+        return losses.detach()
+
+    def warn(what: str, error: Exception) -> None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        tqdm.write(f"warning: {what} failed, going on without it ({reason})", file=sys.stderr)
+
+    def update(*inputs):
+        nonlocal calls, compute_losses, use_graph, graph, static_inputs, static_losses
+        calls += 1
+        if calls == 1:
+            try:
+                return run(*inputs)
+            except Exception as error:
+                if compute_losses is eager_losses:
+                    raise
+                warn("--compile", error)
+                compute_losses = eager_losses
+        if use_graph and calls <= 3:  # warm up on the side, as recording asks for
+            with on_side_stream():
+                return run(*inputs)
+        if use_graph and graph is None:
+            try:
+                static_inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    static_losses = run(*static_inputs)
+            except Exception as error:
+                use_graph, graph = False, None
+                warn("--cudagraphs", error)
+        if graph is None:
+            return run(*inputs)
+        for static, x in zip(static_inputs, inputs, strict=True):
+            static.copy_(x)
+        graph.replay()
+        return static_losses
+
+    return update
+
+
+@contextlib.contextmanager
+def on_side_stream():
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 # --- end shared block ---
@@ -252,7 +407,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -432,6 +587,83 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
 # --- end shared block ---
 
 
+# --- shared block: layers ---
+# Origin: vdn_rlhf.py. Layers of one network or of a stack: S networks of one shape that are trained at once. The parameters
+# of a stack have a leading dimension S, and so has whatever goes in and comes out.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out); in a stack all of them have the leading dimension S."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    if len(weight) == 1:
+        return F.linear(x.squeeze(0), weight.squeeze(0), None if bias is None else bias.squeeze(0)).unsqueeze(0)
+    if x.device.type == "cpu":  # here a product for each run is faster than one for all
+        biases = [None] * len(weight) if bias is None else bias
+        return torch.stack([F.linear(*run) for run in zip(x, weight, biases, strict=True)])
+    rows = x.flatten(1, -2)
+    outputs = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+    return outputs.view(*x.shape[:-1], -1)
+
+
+def gru(x: torch.Tensor, layer: nn.GRU, memory: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence of nn.GRU, with the parameters of `layer`. x (*S, B, T, A, H) -> (*S, B, T, A, H) and the state after the
+    last step, which the next call takes as `memory`. Every agent of every episode is a sequence of its own."""
+    runs, (B, _, A, _) = x.shape[:-4], x.shape[-4:]
+    gates = linear(x, layer.weight_ih_l0, layer.bias_ih_l0).to(layer.weight_hh_l0.dtype)
+    weight, bias = layer.weight_hh_l0, layer.bias_hh_l0
+    if not runs:
+        gates, weight, bias = gates[None], weight[None], bias[None]
+    gates = gates.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (T, S, B * A, 3 * H)
+    if memory is None:
+        memory = gates.new_zeros(gates.shape[1], B * A, weight.shape[-1])
+    states = GRURecurrence.apply(gates.contiguous(), memory, weight, bias)  # (T, S, B * A, H)
+    outputs = states.unflatten(2, (B, A)).permute(1, 2, 0, 3, 4)
+    return outputs if runs else outputs.squeeze(0), states[-1]
+
+
+class GRURecurrence(torch.autograd.Function):
+    """h_t = (1 - z) * n + z * h_{t-1} with r, z = sigmoid(x_rz + g_rz), n = tanh(x_n + r * g_n) and g = h_{t-1} W^T + b, the
+    equations of nn.GRU. The gradient is written out, because autograd's takes several small operations a step for each
+    of these; nn.GRU itself has no stacks."""
+
+    @staticmethod
+    def forward(ctx, x, memory, weight, bias):
+        """x (T, S, M, 3 * H): what the inputs add to the gates r, z, n; memory (S, M, H) -> states (T, S, M, H)."""
+        T, S, M, H = *x.shape[:3], memory.shape[-1]
+        h, g, rz, n = (x.new_empty(steps, S, M, width) for steps, width in ((T + 1, H), (T, 3 * H), (T, 2 * H), (T, H)))
+        h[0] = memory
+        with torch.autocast(x.device.type, enabled=False):
+            for t in range(T):
+                torch.baddbmm(bias[:, None], h[t], weight.mT, out=g[t])
+                torch.add(x[t, ..., : 2 * H], g[t, ..., : 2 * H], out=rz[t]).sigmoid_()
+                torch.addcmul(x[t, ..., 2 * H :], rz[t, ..., :H], g[t, ..., 2 * H :], out=n[t]).tanh_()
+                torch.lerp(n[t], h[t], rz[t, ..., H:], out=h[t + 1])
+        ctx.save_for_backward(weight, h, g, rz, n)
+        return h[1:]
+
+    @staticmethod
+    def backward(ctx, d_states):
+        weight, h, g, rz, n = ctx.saved_tensors
+        T, S, M, H = n.shape
+        (r, z), g_n = rz.split(H, dim=-1), g[..., 2 * H :]
+        # What a change of h_t means for x_n, x_r, x_z and g_n: known for all steps at once, but for d h_t itself.
+        d_gates = n.new_empty(T, S, M, 4, H)
+        d_n = (1 - z) * (1 - n * n)
+        d_gates[..., 0, :], d_gates[..., 1, :] = d_n, d_n * g_n * r * (1 - r)
+        d_gates[..., 2, :], d_gates[..., 3, :] = (h[:-1] - n) * z * (1 - z), d_n * r
+        d_h = d_states[-1]
+        for t in reversed(range(T)):
+            d_gates[t] *= d_h[:, :, None]
+            d_h = torch.addcmul(d_states[t - 1], d_h, z[t]) if t > 0 else d_h * z[t]
+            d_h = d_h.baddbmm(d_gates[t, :, :, 1:].flatten(-2), weight)
+        d_g = d_gates[..., 1:, :].flatten(-2).transpose(0, 1).flatten(1, 2)  # (S, T * M, 3 * H)
+        d_weight = d_g.mT @ h[:-1].transpose(0, 1).flatten(1, 2)
+        d_x = torch.cat([d_gates[..., 1:3, :].flatten(-2), d_gates[..., 0, :]], dim=-1)
+        return d_x, d_h, d_weight, d_g.sum(dim=1)
+
+
+# --- end shared block ---
+
+
 # --- shared block: reward_network ---
 # Origin: train_reward.py. r_phi of Eq. (1) to (4).
 class RewardNetwork(nn.Module):
@@ -451,21 +683,22 @@ class RewardNetwork(nn.Module):
         self.input, self.network, self.num_agents, self.num_actions = input, network, num_agents, num_actions
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """observations (B, T, A, D), actions (B, T, A) -> rewards (B, T, A)."""
-        B, T, A, _ = observations.shape
-        if self.input == "joint":
-            observations = observations.flatten(2)[:, :, None]  # (B, T, 1, A * D): embedded once, added to every agent
-        ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
+        """observations (B, T, A, D), actions (B, T, A) -> rewards (B, T, A); in a stack all with a leading dimension S."""
+        A = observations.shape[-2]
+        if self.input == "joint":  # (B, T, 1, A * D): embedded once, added to every agent
+            observations = observations.flatten(-2)[..., None, :]
+        ids = torch.eye(A, device=observations.device).expand(*actions.shape, A)
         chosen = F.one_hot(actions.long(), self.num_actions).to(observations.dtype)
-        x = self.observation_embedding(observations) + self.action_embedding(torch.cat([ids, chosen], dim=-1))
+        x = linear(observations, self.observation_embedding.weight, self.observation_embedding.bias)
+        x = x + linear(torch.cat([ids, chosen], dim=-1), self.action_embedding.weight, None)
         x = F.relu(x)  # (B, T, A, H)
         if self.network == "gru":
-            x, _ = self.body(x.transpose(1, 2).flatten(0, 1))  # (B * A, T, H)
-            x = x.unflatten(0, (B, A)).transpose(1, 2)
+            x, _ = gru(x, self.body, None)
         else:
-            x = self.body(x)
+            for layer in self.body[::2]:
+                x = F.relu(linear(x, layer.weight, layer.bias))
         with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
-            return self.head(x.to(self.head.weight.dtype)).squeeze(-1)
+            return linear(x.to(self.head.weight.dtype), self.head.weight, self.head.bias).squeeze(-1)
 
 
 # --- end shared block ---
@@ -770,43 +1003,43 @@ class AgentNetwork(nn.Module):
         self.num_words, self.num_modes = num_words, num_modes
 
     def forward(self, observations, first_step=0, memory=None):
-        """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory.
+        """observations (B, T, A, D) of the steps first_step, first_step + 1, ... -> outputs (B, T, A, num_actions), memory. In
+        a stack everything has a leading dimension S.
 
         `memory` is the GRU's state after the steps before first_step, None at the start of an episode."""
         if self.num_modes == 1:
             return self._outputs(observations, first_step, memory)
         outputs, memory = self._outputs(observations, first_step, memory)
         log_probs = outputs.unflatten(-1, (self.num_modes, self.num_actions)).log_softmax(dim=-1)  # (B, T, A, num_modes, ...)
-        return (log_probs + self.mode_logits.log_softmax(dim=0)[:, None]).logsumexp(dim=-2), memory
+        log_weights = self.mode_logits.log_softmax(dim=-1)[..., None, None, None, :, None]
+        return (log_probs + log_weights).logsumexp(dim=-2), memory
 
     def log_joint(self, observations, actions):
         """log p(z, tau_i) of whole trajectories, but for what the game adds to it: log w_z + sum_t log pi_z(a_i,t | o_i,t),
-        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A)."""
+        (B, A, num_modes), from observations (B, T, A, D) and actions (B, T, A); in a stack with a leading dimension S."""
         outputs, _ = self._outputs(observations, 0, None)
-        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=1)
-        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=0)
+        log_probs = log_prob(outputs.unflatten(-1, (self.num_modes, self.num_actions)), actions[..., None]).sum(dim=-3)
+        return log_probs if self.num_modes == 1 else log_probs + self.mode_logits.log_softmax(dim=-1)[..., None, None, :]
 
     def _outputs(self, observations, first_step, memory):
-        B, T, A, _ = observations.shape
-        ids = torch.eye(A, device=observations.device).expand(B, T, A, A)
+        *_, T, A, _ = observations.shape
+        ids = torch.eye(A, device=observations.device).expand(*observations.shape[:-1], A)
         x = torch.cat([observations, ids], dim=-1)
         if self.time_input:
             steps = torch.arange(first_step, first_step + T, device=observations.device) / self.horizon
-            x = torch.cat([x, steps[None, :, None, None].expand(B, T, A, 1)], dim=-1)
+            x = torch.cat([x, steps[:, None, None].expand(*x.shape[:-1], 1)], dim=-1)
         if self.network == "mlp":
-            return self._head(self.body(x)), None
-        x = self.embedding(x).transpose(1, 2).flatten(0, 1)  # (B * A, T, H): every agent of every episode is a sequence
-        x, memory = self.body(x, memory)
-        return self._head(x.unflatten(0, (B, A)).transpose(1, 2)), memory
-
-    def _head(self, x):
-        """One per action; with num_words the sum of one per word and one per move (action = 5 * word + move in reference)."""
+            for layer in self.body[::2]:
+                x = F.relu(linear(x, layer.weight, layer.bias))
+        else:
+            x = F.relu(linear(x, self.embedding[0].weight, self.embedding[0].bias))
+            x, memory = gru(x, self.body, memory)
         with torch.autocast(x.device.type, enabled=False):  # the last layer in full precision
-            outputs = self.head(x.to(self.head.weight.dtype))
-        if self.num_words:
+            outputs = linear(x.to(self.head.weight.dtype), self.head.weight, self.head.bias)
+        if self.num_words:  # the sum of one value per word and one per move (action = 5 * word + move in reference)
             words, moves = outputs[..., : self.num_words, None], outputs[..., None, self.num_words :]
             outputs = (words + moves).flatten(-2)
-        return outputs
+        return outputs, memory
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -919,40 +1152,41 @@ def mean_return(game, network, num_episodes: int, seed: int, device, sample=Fals
 # --- shared block: vdn ---
 # Origin: vdn_rlhf.py. Value decomposition: the team's Q is the sum of the agents' (Sunehag et al., 2017).
 def td_lambda_targets(rewards, values, baselines, gamma: float, td_lambda: float) -> torch.Tensor:
-    """Targets G_t = r_t + gamma * (V_{t+1} + lambda * (G_{t+1} - B_{t+1})), all (B, T), with V_T = B_T = G_T = 0: the game ends
-    after step T, so nothing is bootstrapped past it.
+    """Targets G_t = r_t + gamma * (V_{t+1} + lambda * (G_{t+1} - B_{t+1})), all (..., T), with V_T = B_T = G_T = 0: the game
+    ends after step T, so nothing is bootstrapped past it.
 
     With baselines B = V this is TD(lambda), G_t = r_t + gamma * ((1 - lambda) * V_{t+1} + lambda * G_{t+1}), which charges
     an action with the later mistakes of the behavior. With B_t = Q_t(a_t) these are taken out again: Q(lambda) with
     off-policy corrections (Harutyunyan et al., 2016).
 
     Unrolled, G_t = sum over k >= t of (gamma * lambda)^(k - t) * (r_k + gamma * (V_{k+1} - lambda * B_{k+1}))."""
-    T = rewards.shape[1]
-    steps = torch.arange(T, device=rewards.device)
+    steps = torch.arange(rewards.shape[-1], device=rewards.device)
     lag = steps[:, None] - steps[None, :]  # (k, t)
     decay = torch.where(lag >= 0, (gamma * td_lambda) ** lag.clamp(min=0).to(rewards.dtype), 0)
-    bootstrap = F.pad((values - td_lambda * baselines)[:, 1:], (0, 1))
-    return ((rewards + gamma * bootstrap)[:, :, None] * decay).sum(dim=1)  # no matrix product: in full precision
+    bootstrap = F.pad((values - td_lambda * baselines)[..., 1:], (0, 1))
+    return ((rewards + gamma * bootstrap)[..., None] * decay).sum(dim=-2)  # no matrix product: in full precision
 
 
 def vdn_loss(
     online, target, observations, actions, rewards, gamma: float, td_lambda: float, off_policy=False, known_values=0.0
 ) -> torch.Tensor:
     """Mean squared TD error of Q_tot = sum_i Q_i over whole episodes. observations (B, T + 1, A, D), actions (B, T, A),
-    team rewards (B, T). Double Q-learning: the online network chooses the next action, the target network values it.
+    team rewards (B, T). Double Q-learning: the online network chooses the next action, the target network values it. With a
+    leading dimension S, for stacks, the result is (S,).
 
     known_values (B, T, A, num_actions) are a part of the Q-values that the networks need not learn. off_policy: correct
     the targets for actions of the behavior that are not greedy."""
-    q_values = online(observations[:, :-1])[0] + known_values  # (B, T, A, num_actions); the step T + 1 is never needed
+    observations = observations[..., :-1, :, :]  # what is seen after the last step is never needed
+    q_values = online(observations)[0] + known_values  # (B, T, A, num_actions)
     q_chosen = q_values.gather(-1, actions[..., None]).squeeze(-1).sum(dim=-1)  # (B, T)
     with torch.no_grad():
-        target_q_values = target(observations[:, :-1])[0] + known_values
+        target_q_values = target(observations)[0] + known_values
         greedy = q_values.argmax(dim=-1, keepdim=True)
         values = target_q_values.gather(-1, greedy).squeeze(-1).sum(dim=-1)  # (B, T): V_0 .. V_{T-1}
         chosen_values = target_q_values.gather(-1, actions[..., None]).squeeze(-1).sum(dim=-1)  # (B, T)
         baselines = chosen_values if off_policy else values
         targets = td_lambda_targets(rewards, values, baselines, gamma, td_lambda)
-    return F.mse_loss(q_chosen, targets)
+    return (q_chosen - targets).square().mean(dim=(-2, -1))
 
 
 # --- end shared block ---
@@ -982,33 +1216,50 @@ def trajectory_weights(bc_policy: AgentNetwork, observations, actions, team_retu
     return (posterior * ((mode_returns - mode_returns.max()).double() / beta).exp().float()).sum(dim=-1)
 
 
-def make_reference_policy(bc_policy: AgentNetwork, shape: dict, observations, actions, team_returns, args: Args, generator):
-    """pi_ref: imitation of the reweighted trajectories by a network of that shape. Without modes, or without a KL term that
-    says how much to trust them, it is the BC policy."""
-    if bc_policy.num_modes == 1 or args.beta == 0 or args.imitation_updates == 0:
-        print("pi_ref is the BC policy: " + ("it has one mode" if bc_policy.num_modes == 1 else "no reweighting asked for"))
-        return bc_policy
-    weights = trajectory_weights(bc_policy, observations, actions, team_returns, args.beta)
-    # On the CPU, because CUDA adds in an order of its own.
-    cumulative = weights.sum(dim=1).double().cpu().cumsum(dim=0).to(observations.device)
-    policy = AgentNetwork(**shape | {"num_modes": 1}).to(observations.device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.imitation_learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.imitation_updates)
-    for _ in tqdm(range(args.imitation_updates), desc="imitation, reweighted", unit="update", mininterval=1):
-        uniform = torch.rand(args.batch_size, dtype=torch.float64, generator=generator, device=generator.device)
-        batch = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(weights) - 1)
-        share = weights[batch] / weights[batch].sum(dim=1, keepdim=True)  # (B, A), as every episode is drawn by its sum
-        with mixed_precision(args.bf16, observations.device):
-            logits, _ = policy(observations[batch, :-1])
-        loss = -(log_prob(logits, actions[batch]).mean(dim=1) * share).sum(dim=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    if not math.isfinite(loss.item()):
-        raise UserError(f"the imitation for pi_ref ended with the loss {loss.item()}; try a smaller --imitation-learning-rate")
-    return policy.requires_grad_(False)
+def make_reference_policies(
+    runs: list[Args], bc_policies: list, shape: dict, observations, actions, team_returns, generators: list
+) -> list[AgentNetwork]:
+    """pi_ref of every run: imitation of the reweighted trajectories by a network of that shape, but with one mode. Without
+    modes, or without a KL term that says how much to trust them, it is the BC policy. team_returns (S, N)."""
+    args, device, references = runs[0], observations.device, list(bc_policies)
+    chosen = [s for s, run in enumerate(runs) if bc_policies[s].num_modes > 1 and run.beta > 0 and run.imitation_updates > 0]
+    for s in set(range(len(runs))) - set(chosen):
+        reason = "it has one mode" if bc_policies[s].num_modes == 1 else "no reweighting asked for"
+        print(f"pi_ref of seed {runs[s].seed}, beta {runs[s].beta:g} is the BC policy: {reason}")
+    if not chosen:
+        return references
+    weights = [trajectory_weights(bc_policies[s], observations, actions, team_returns[s], runs[s].beta) for s in chosen]
+    weights = torch.stack(weights)  # (S, N, A)
+    # An episode is drawn by the sum over its agents. On the CPU, because CUDA adds in an order of its own.
+    cumulative = weights.sum(dim=2).double().cpu().cumsum(dim=1)  # (S, N)
+    draws = (args.imitation_updates * args.batch_size,)
+    uniform = torch.stack([torch.rand(draws, dtype=torch.float64, generator=generators[s]) for s in chosen])
+    batches = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=len(observations) - 1)
+    batches = batches.view(len(chosen), -1, args.batch_size).transpose(0, 1).to(device)  # (updates, S, B)
+
+    shape = shape | {"num_modes": 1}
+    stack = stack_networks(AgentNetwork, shape, [runs[s] for s in chosen], device)
+    optimizer = make_optimizer(stack, args.imitation_learning_rate, device)
+    run_index = torch.arange(len(chosen), device=device)[:, None]
+
+    def compute_losses(batch):  # (S, B)
+        weight = weights[run_index, batch]  # (S, B, A)
+        with mixed_precision(args.bf16, device):
+            logits, _ = stack(observations[batch][..., :-1, :, :])
+        nll = -log_prob(logits, actions[batch]).mean(dim=-2)  # (S, B, A)
+        return (nll * weight / weight.sum(dim=-1, keepdim=True)).sum(dim=-1).mean(dim=-1)
+
+    update = accelerate(compute_losses, lambda losses: take_step(losses, optimizer, 1.0), args, device)
+    for i, batch in enumerate(tqdm(batches, desc="imitation, reweighted", unit="update", mininterval=1)):
+        follow_cosine(optimizer, args.imitation_learning_rate, i / len(batches))
+        losses = update(batch)
+    for position, (s, loss) in enumerate(zip(chosen, losses.tolist(), strict=True)):
+        if not math.isfinite(loss):
+            advice = "try a smaller --imitation-learning-rate"
+            raise UserError(f"the imitation for pi_ref of seed {runs[s].seed} ended with the loss {loss}; {advice}")
+        references[s] = AgentNetwork(**shape).to(device).requires_grad_(False)
+        references[s].load_state_dict(unstack(stack, position))
+    return references
 
 
 def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[str, float]:
@@ -1023,59 +1274,75 @@ def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[st
     return game.metrics(test_return) | {"charts/log_pi_ref": log_prob(logits, actions).mean().item()}
 
 
-def learn_policy(args: Args, game, shape: dict, observations, actions, rewards, reference_policy, generator, log) -> tuple:
-    """Offline VDN with a Q-network of that shape, for rewards (N, T): sum_i r_std,i. -> policy, the policy with the best test
-    return (None for a game that cannot be played), metrics."""
-    device, actions = rewards.device, actions.long()
-    log_pi_ref = [
-        reference_policy(chunk[:, :-1])[0].log_softmax(dim=-1)
-        for chunk in tqdm(observations.split(1024), desc="reference policy", unit="chunk", mininterval=1)
-    ]
-    log_pi_ref = torch.cat(log_pi_ref)  # (N, T, A, num_actions)
+def learn_policies(
+    runs: list[Args], game, shape: dict, observations, actions, rewards, references: list, generators: list, log
+) -> list[dict]:
+    """Offline VDN with Q-networks of that shape, one for each run, for its rewards (S, N, T): sum_i r_std,i. -> the policy of
+    every run, the one with the best test return (None for a game that cannot be played) and metrics."""
+    args, device, actions = runs[0], observations.device, actions.long()
+    chunks = tqdm(observations.split(1024), desc="reference policies", unit="chunk", mininterval=1)
+    log_pi_ref = [[pi_ref(chunk[:, :-1])[0].log_softmax(dim=-1) for pi_ref in references] for chunk in chunks]
+    log_pi_ref = torch.stack([torch.cat(parts) for parts in zip(*log_pi_ref, strict=True)])  # (S, N, T, A, num_actions)
+    betas = torch.tensor([run.beta for run in runs], device=device)[:, None, None, None, None]
+    batches = [torch.randint(len(actions), (args.num_updates, args.batch_size), generator=g) for g in generators]
+    batches = torch.stack(batches, dim=1).to(device)  # (updates, S, B)
+    run_index = torch.arange(len(runs), device=device)[:, None]
 
-    online = AgentNetwork(**shape).to(device)
-    target = copy.deepcopy(online).requires_grad_(False)
-    policy = RegularizedPolicy(online, reference_policy, args.beta, args.kl_clip) if args.known_kl else online
-    optimizer = torch.optim.Adam(online.parameters(), lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_updates)
+    online, target = (stack_networks(AgentNetwork, shape, runs, device) for _ in range(2))
+    target.requires_grad_(False)
+    optimizer = make_optimizer(online, args.learning_rate, device)
 
-    best_return, best_policy, history = -float("inf"), None, []
-    eval_every = max(args.num_updates // 20, 1)
-    progress = tqdm(range(1, args.num_updates + 1), desc=f"offline VDN, beta {args.beta:g}", unit="update", mininterval=1)
-    start, evaluation_time = time.time(), 0.0
-    for update in progress:
-        batch = torch.randint(len(rewards), (args.batch_size,), generator=generator, device=device)
-        kl = kl_rewards(log_pi_ref[batch], args.beta, args.kl_clip)  # (B, T, A, num_actions)
-        team_rewards = rewards[batch] + kl.gather(-1, actions[batch][..., None]).sum(dim=(-1, -2))  # Eq. (3)
-        episodes, known = (observations[batch], actions[batch], team_rewards), kl if args.known_kl else 0.0
+    def compute_losses(batch):  # (S, B)
+        kl = kl_rewards(log_pi_ref[run_index, batch], betas, args.kl_clip)  # (S, B, T, A, num_actions)
+        chosen = actions[batch]
+        team_rewards = rewards[run_index, batch] + kl.gather(-1, chosen[..., None]).sum(dim=(-1, -2))  # Eq. (3)
+        episodes, known = (observations[batch], chosen, team_rewards), kl if args.known_kl else 0.0
         with mixed_precision(args.bf16, device):
-            loss = vdn_loss(online, target, *episodes, args.gamma, args.td_lambda, args.off_policy, known)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(online.parameters(), args.max_grad_norm)
-        optimizer.step()
-        schedule.step()
+            return vdn_loss(online, target, *episodes, args.gamma, args.td_lambda, args.off_policy, known)
+
+    def step(losses):
+        take_step(losses, optimizer, args.max_grad_norm)
         with torch.no_grad():
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.target_update_rate)
 
-        if update % eval_every == 0 or update == args.num_updates:
-            evaluation_start = time.time()
-            metrics = {"losses/td_loss": loss.item()}
-            if not math.isfinite(metrics["losses/td_loss"]):
-                raise UserError(f"losses/td_loss is {loss.item()} after {update} updates; try a smaller --learning-rate")
-            if game is not None:
-                metrics |= evaluate(game, policy, reference_policy, args.seed + update, device)
-                progress.set_postfix({"return": f"{metrics['charts/test_return']:.2f}"})
-                if metrics["charts/test_return"] > best_return:
-                    best_return, best_policy = metrics["charts/test_return"], copy.deepcopy(policy)
-            log(metrics, update)
-            history.append({"update": update, **metrics})
+    def make_policy(s: int) -> nn.Module:
+        values = AgentNetwork(**shape).to(device).requires_grad_(False)
+        values.load_state_dict(unstack(online, s))
+        return RegularizedPolicy(values, references[s], runs[s].beta, args.kl_clip) if args.known_kl else values
+
+    update = accelerate(compute_losses, step, args, device)
+    results = [dict(policy=None, best_policy=None, best_return=-float("inf"), metrics={}, history=[]) for _ in runs]
+    eval_every = max(args.num_updates // 20, 1)
+    values = ", ".join(f"{run.beta:g}" for run in runs if run.seed == args.seed)
+    progress = tqdm(batches, desc=f"offline VDN, beta {values}", unit="update", mininterval=1)
+    start, evaluation_time = time.time(), 0.0
+    for i, batch in enumerate(progress, 1):
+        follow_cosine(optimizer, args.learning_rate, (i - 1) / args.num_updates)
+        losses = update(batch)
+        if i % eval_every == 0 or i == args.num_updates:
+            losses, evaluation_start = losses.tolist(), time.time()
+            for s, (run, result) in enumerate(zip(runs, results, strict=True)):
+                if not math.isfinite(losses[s]):
+                    which = f"seed {run.seed}, beta {run.beta:g}"
+                    raise UserError(f"{which}: losses/td_loss is {losses[s]} after {i} updates; try a smaller --learning-rate")
+                metrics, policy = {"losses/td_loss": losses[s]}, make_policy(s)
+                if game is not None:
+                    metrics |= evaluate(game, policy, references[s], run.seed + i, device)
+                    progress.set_postfix({"return": f"{metrics['charts/test_return']:.2f}"})
+                    if metrics["charts/test_return"] > result["best_return"]:
+                        result |= dict(best_return=metrics["charts/test_return"], best_policy=policy)
+                log(s, metrics, i)
+                result["history"].append({"update": i, **metrics})
+                result |= dict(policy=policy, metrics=metrics)
             evaluation_time += time.time() - evaluation_start
-    metrics |= {"speed/updates_per_second": args.num_updates / (time.time() - start - evaluation_time)}
-    if game is not None:
-        metrics["charts/reference_return"] = mean_return(game, reference_policy, TEST_EPISODES, args.seed + 10**6, device)
-    log(metrics, args.num_updates)
-    return policy, best_policy, metrics | {"history": history}
+    speed = len(runs) * args.num_updates / (time.time() - start - evaluation_time)
+    for s, (run, result) in enumerate(zip(runs, results, strict=True)):
+        result["metrics"]["speed/updates_per_second"] = speed
+        if game is not None:
+            reference_return = mean_return(game, references[s], TEST_EPISODES, run.seed + 10**6, device)
+            result["metrics"]["charts/reference_return"] = reference_return
+        log(s, result["metrics"], args.num_updates)
+    return results
 
 
 def make_missing(files: list[tuple[Path, bool, str, dict]]) -> None:
@@ -1141,6 +1408,25 @@ def load_model(
     return checkpoint, network
 
 
+def load_models(args: Args, seeds, reward_paths: list, bc_paths: list, dataset: dict, device) -> dict[int, dict]:
+    """By seed: the reward model with its stats and metrics, the BC policy with its shape, and the hashes of the sources."""
+    models = {}
+    for seed, reward_path, bc_path in zip(seeds, reward_paths, bc_paths, strict=True):
+        wanted = replace(args, seed=seed)
+        checkpoint, reward_model = load_model(reward_path, args.reward_path, "reward", RewardNetwork, wanted, dataset, device)
+        bc_checkpoint, bc_policy = load_model(bc_path, args.bc_path, "bc", AgentNetwork, wanted, dataset, device)
+        stats, bc_shape = checkpoint["stats"], bc_checkpoint["meta"]["network"]
+        if not all(isinstance(stats.get(name), float) and math.isfinite(stats[name]) for name in ("mean", "std")):
+            raise UserError(f"{reward_path}: 'stats' has no finite 'mean' and 'std'; train it again")
+        sources = {"dataset": dataset["hash"], "reward": hash_weights(reward_model, stats)}
+        sources["bc"] = hash_weights(bc_policy, bc_checkpoint["stats"])
+        models[seed] = dict(reward_model=reward_model, reward_stats=stats, reward_metrics=checkpoint["metrics"])
+        models[seed] |= dict(bc_policy=bc_policy, bc_shape=bc_shape, sources=sources)
+        if bc_shape != models[args.seed]["bc_shape"]:
+            raise UserError(f"{bc_path}: its network has another shape than that of {bc_paths[0]}; leave out --num-seeds")
+    return models
+
+
 def load_shipped_policies(game: Game | None, device) -> dict[str, nn.Module]:
     """Novice, rookie and expert of the closing table, as far as they stand beside this script."""
     networks = {}
@@ -1153,45 +1439,101 @@ def load_shipped_policies(game: Game | None, device) -> dict[str, nn.Module]:
     return networks
 
 
-def print_table(game: Game, rows: dict, reward_metrics: dict, args: Args, device) -> None:
-    """The closing table, all rows on the same TEST_EPISODES start states."""
-    returns = {
-        name: mean_return(game, network, TEST_EPISODES, args.seed + 10**6, device, sample)
-        for name, (network, sample) in tqdm(rows.items(), desc="test episodes", unit="policy")
-    }
+def measure(game: Game, runs: list[Args], models: dict, references: list, results: list, shipped, device) -> dict[str, list]:
+    """What the closing table needs: returns by policy, one for every seed; a single one for the random policy and those shipped
+    (rank 0 has them). All are on the same TEST_EPISODES start states, but for those of other seeds."""
+    policies, first_seed = {}, runs[0].seed
+    if shipped is not None:
+        policies["random"] = [(None, False, first_seed)]
+    for seed, model in models.items():
+        for name, sample in (("BC, greedy", False), ("BC, sampled", True)):
+            policies.setdefault(name, []).append((model["bc_policy"], sample, seed))
+    for run, reference, result in zip(runs, references, results, strict=True):
+        beta = f", beta {run.beta:g}" if len(runs) > len(models) else ""
+        learned = {"pi_ref, greedy": reference, "VDN-RLHF, last": result["policy"], "VDN-RLHF, best": result["best_policy"]}
+        for name, network in learned.items():
+            policies.setdefault(name + beta, []).append((network, False, run.seed))
+    policies |= {name: [(network, False, first_seed)] for name, network in (shipped or {}).items()}
+    progress = tqdm(policies.items(), desc="test episodes", unit="policy")
+    return {name: [mean_return(game, n, TEST_EPISODES, seed + 10**6, device, s) for n, s, seed in p] for name, p in progress}
+
+
+def print_table(game: Game, rows: dict[str, list[float]], reward_metrics: list[dict]) -> None:
+    """The closing table, from the returns of each policy over the training seeds."""
     print(f"\nMean over agents of the undiscounted return of {game.horizon} steps, {TEST_EPISODES:,} fresh episodes.")
-    print("Score: the random policy is 0, the best expert of the paper's authors 100 (tag: ours).\n")
-    print(f"| {'policy':22s} | {'return':>8s} | {'score':>6s} |\n|{'-' * 24}|{'-' * 9}:|{'-' * 7}:|")
-    for name, value in returns.items():
-        score = game.metrics(value).get("charts/score")
-        print(f"| {name:22s} | {value:8.2f} | {'' if score is None else format(score, '.1f'):>6s} |")
-    if "reward/accuracy" in reward_metrics:
-        bayes = reward_metrics.get("reward/bayes_accuracy")
-        best = f" (the true return reaches {bayes:.3f})" if bayes is not None else ""
-        print(f"\nReward model on held-out pairs: accuracy {reward_metrics['reward/accuracy']:.3f}{best}")
+    print("Score: the random policy is 0, the best expert of the paper's authors 100 (tag: ours).")
+    print("" if len(reward_metrics) == 1 else f"Mean ± standard deviation over {len(reward_metrics)} training seeds.\n")
+
+    def cell(values: list[float], digits: int) -> str:
+        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{spread}"
+
+    width = 22 if len(reward_metrics) == 1 else 34
+    print(f"| {'policy':{width}s} | {'return':>14s} | {'score':>12s} |\n|{'-' * (width + 2)}|{'-' * 15}:|{'-' * 13}:|")
+    for name, values in rows.items():
+        scores = [game.metrics(value).get("charts/score") for value in values]
+        print(f"| {name:{width}s} | {cell(values, 2):>14s} | {'' if None in scores else cell(scores, 1):>12s} |")
+    if all("reward/accuracy" in metrics for metrics in reward_metrics):
+        bayes = [metrics["reward/bayes_accuracy"] for metrics in reward_metrics if "reward/bayes_accuracy" in metrics]
+        best = f" (the true return reaches {np.mean(bayes):.3f})" if bayes else ""
+        accuracy = np.mean([metrics["reward/accuracy"] for metrics in reward_metrics])
+        print(f"\nReward model on held-out pairs: accuracy {accuracy:.3f}{best}")
+
+
+def share_out(args: Args) -> tuple[int, int]:
+    """Under torchrun every process trains its share of the seeds, on a GPU of its own where there is one; the first process
+    makes the dataset and reports for all. -> rank and number of processes: 0 and 1 without torchrun."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if args.num_seeds < world_size:
+            raise UserError(f"--num-seeds {args.num_seeds}: fewer than the {world_size} processes that torchrun started")
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        seeds = np.array_split(np.arange(args.seed, args.seed + args.num_seeds), world_size)[rank].tolist()
+        args.seed, args.num_seeds = seeds[0], len(seeds)
+        if args.device == "auto" and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if rank > 0:  # silent, and so are the scripts that it starts
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.environ["TQDM_DISABLE"], tqdm.__init__ = "1", partialmethod(tqdm.__init__, disable=True)
+    return rank, world_size
 
 
 def main(args: Args) -> None:
+    rank, world_size = share_out(args)
     device = set_up(args)
+    runs = list_runs(args, "beta")
+    seeds = range(args.seed, args.seed + args.num_seeds)
     preset = "" if args.preset == "default" else f"-{args.preset}"
-    run_name = f"-{args.run_name}" if args.run_name else ""
     env_name = game_name(args)
     folder = Path(args.data_path).parent if args.data_path else Path(f"runs/{env_name}/{args.dataset}")
     data_path = Path(args.data_path or folder / "dataset.npz")
-    reward_path = Path(args.reward_path or folder / f"reward{preset}-alpha{args.alpha:g}-seed{args.seed}.pt")
-    bc_path = Path(args.bc_path or folder / f"bc{preset}-seed{args.seed}.pt")
-    vdn_path = Path(args.vdn_path or folder / f"vdn{run_name}-beta{args.beta:g}-alpha{args.alpha:g}-seed{args.seed}.pt")
-    best_path = vdn_path.parent / f"{vdn_path.stem}-best.pt"
-    for path in (vdn_path, best_path):  # mistakes that can be told now are not told after minutes of work
-        check_replaceable(path, "vdn", args, {})
+    reward_paths = [Path(args.reward_path or folder / f"reward{preset}-alpha{args.alpha:g}-seed{seed}.pt") for seed in seeds]
+    bc_paths = [Path(args.bc_path or folder / f"bc{preset}-seed{seed}.pt") for seed in seeds]
+    paths = [output_path(r, args.vdn_path, folder, "vdn", f"-beta{r.beta:g}-alpha{r.alpha:g}", len(runs)) for r in runs]
+    best_paths = [path.parent / f"{path.stem}-best.pt" for path in paths]
+    for run, *both in zip(runs, paths, best_paths, strict=True):  # mistakes that can be told now are not told after minutes
+        for path in both:
+            check_replaceable(path, "vdn", run, {})
 
     common = {"env": args.env, "num-agents": args.num_agents, "num-landmarks": args.num_landmarks, "dataset": args.dataset}
     machine = {"device": args.device, "num-threads": args.num_threads, "deterministic": args.deterministic, "track": args.track}
-    make_missing([(data_path, bool(args.data_path), "collect_data.py", common | machine)])
-    common |= {"seed": args.seed, "preset": preset[1:], "data-path": args.data_path}
-    common |= {"no-bf16": not args.bf16 and args.preset == "default"}
-    reward_job = (reward_path, bool(args.reward_path), "train_reward.py", common | {"alpha": args.alpha} | machine)
-    make_missing([reward_job, (bc_path, bool(args.bc_path), "train_bc.py", common | machine)])
+    if rank == 0:
+        make_missing([(data_path, bool(args.data_path), "collect_data.py", common | machine)])
+    if world_size > 1:
+        torch.distributed.barrier()
+    common |= {"preset": preset[1:], "data-path": args.data_path, "no-bf16": not args.bf16 and args.preset == "default"}
+    machine |= {"compile": args.compile, "cudagraphs": args.cudagraphs}
+    jobs = []
+    for model_paths, named, script, flags in (
+        (reward_paths, args.reward_path, "train_reward.py", {"alpha": args.alpha}),
+        (bc_paths, args.bc_path, "train_bc.py", {}),
+    ):
+        missing = [(path, seed) for path, seed in zip(model_paths, seeds, strict=True) if not path.exists()]
+        if missing:
+            first, last = missing[0][1], missing[-1][1]
+            flags = {"seed": first, "num-seeds": last - first + 1 if last > first else None} | flags
+            jobs.append((missing[0][0], bool(named), script, common | flags | machine))
+    make_missing(jobs)
 
     data, meta = load_dataset(data_path, env_name, ("observations", "actions"))
     observations, actions = data["observations"].to(device), data["actions"].to(device)
@@ -1200,58 +1542,57 @@ def main(args: Args) -> None:
     game = find_game(data_path, env_name, (A, D, num_actions, T))
     sizes = dict(env=env_name, horizon=T, observation_dim=D, num_agents=A, num_actions=num_actions)
     dataset = dict(path=data_path, hash=meta["hash"], sizes=sizes)
-    reward_checkpoint, reward_model = load_model(reward_path, args.reward_path, "reward", RewardNetwork, args, dataset, device)
-    bc_checkpoint, bc_policy = load_model(bc_path, args.bc_path, "bc", AgentNetwork, args, dataset, device)
-    reward_stats = reward_checkpoint["stats"]
-    if not all(isinstance(reward_stats.get(name), float) and math.isfinite(reward_stats[name]) for name in ("mean", "std")):
-        raise UserError(f"{reward_path}: 'stats' has no finite 'mean' and 'std'; train it again")
-    sources = {"dataset": meta["hash"], "reward": hash_weights(reward_model, reward_stats)}
-    sources["bc"] = hash_weights(bc_policy, bc_checkpoint["stats"])
-    for path in (vdn_path, best_path):
-        check_replaceable(path, "vdn", args, sources)
+    models = load_models(args, seeds, reward_paths, bc_paths, dataset, device)
+    for run, *both in zip(runs, paths, best_paths, strict=True):
+        for path in both:
+            check_replaceable(path, "vdn", run, models[run.seed]["sources"])
     shipped = load_shipped_policies(game, device)
-    log = start_tracking(args, vdn_path.stem)
+    log = start_tracking(args, [path.stem for path in paths])
 
-    # The learned rewards never change: computed once for the whole dataset.
+    # The learned rewards never change: computed once for the whole dataset, (seeds, N, T), of the team.
+    rewards = []
     chunks = list(zip(observations.split(1024), actions.split(1024), strict=True))
-    r_std = [
-        standardized_rewards(reward_model, reward_stats, *chunk)
-        for chunk in tqdm(chunks, desc="learned rewards", unit="chunk", mininterval=1)
-    ]
-    rewards = torch.cat(r_std).sum(dim=-1)  # (N, T): of the team
+    for chunk in tqdm(chunks, desc="learned rewards", unit="chunk", mininterval=1):
+        r_std = [standardized_rewards(m["reward_model"], m["reward_stats"], *chunk).sum(dim=-1) for m in models.values()]
+        rewards.append(torch.stack(r_std))
+    rewards = torch.cat(rewards, dim=1)[[run.seed - args.seed for run in runs]]  # (S, N, T)
 
-    generator = torch.Generator(device).manual_seed(args.seed)
-    reference_shape = bc_checkpoint["meta"]["network"]
-    reference_policy = make_reference_policy(
-        bc_policy, reference_shape, observations, actions, rewards.sum(dim=1), args, generator
+    generators = [torch.Generator().manual_seed(run.seed) for run in runs]
+    bc_policies = [models[run.seed]["bc_policy"] for run in runs]
+    reference_shape = models[args.seed]["bc_shape"]
+    references = make_reference_policies(
+        runs, bc_policies, reference_shape, observations, actions, rewards.sum(dim=-1), generators
     )
     shape = dict(observation_dim=D, num_agents=A, num_actions=num_actions, horizon=T)
     shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, time_input=args.time_input)
-    policy, best_policy, metrics = learn_policy(
-        args, game, shape, observations, actions, rewards, reference_policy, generator, log
-    )
+    results = learn_policies(runs, game, shape, observations, actions, rewards, references, generators, log)
 
-    reference_shape = reference_shape | {"num_modes": reference_policy.num_modes}
-    known = dict(values=shape, reference=reference_shape, beta=args.beta, kl_clip=args.kl_clip)
-    policy_meta = dict(env=env_name, sources=sources, network=known if args.known_kl else shape)
-    save_checkpoint(vdn_path, "vdn", args, policy_meta, policy, {}, metrics)
-    speed = metrics["speed/updates_per_second"]
-    print(f"{vdn_path}: losses/td_loss {metrics['losses/td_loss']:.3f}, {speed:.1f} updates per second")
+    for run, path, best_path, reference, result in zip(runs, paths, best_paths, references, results, strict=True):
+        known = dict(values=shape, reference=reference_shape | {"num_modes": reference.num_modes})
+        known |= dict(beta=run.beta, kl_clip=run.kl_clip)
+        policy_meta = dict(env=env_name, sources=models[run.seed]["sources"], network=known if run.known_kl else shape)
+        metrics = result["metrics"] | {"history": result["history"]}
+        save_checkpoint(path, "vdn", run, policy_meta, result["policy"], {}, metrics)
+        speed = metrics["speed/updates_per_second"]
+        print(f"{path}: losses/td_loss {metrics['losses/td_loss']:.3f}, {speed:.1f} updates per second")
+        if game is not None:
+            best_metrics = {"charts/test_return": result["best_return"], "history": result["history"]}
+            save_checkpoint(best_path, "vdn", run, policy_meta, result["best_policy"], {}, best_metrics)
     if game is None:
         print(f"{env_name} is no game of this script: evaluation skipped")
-        return
-    best_metrics = {"charts/test_return": max(entry["charts/test_return"] for entry in metrics["history"])}
-    best_metrics["history"] = metrics["history"]
-    save_checkpoint(best_path, "vdn", args, policy_meta, best_policy, {}, best_metrics)
 
-    rows = {"random": (None, False), "BC, greedy": (bc_policy, False), "BC, sampled": (bc_policy, True)}
-    rows |= {
-        "pi_ref, greedy": (reference_policy, False),
-        "VDN-RLHF, last": (policy, False),
-        "VDN-RLHF, best": (best_policy, False),
-    }
-    rows |= {policy: (network, False) for policy, network in shipped.items()}
-    print_table(game, rows, reward_checkpoint["metrics"], args, device)
+    rows, reward_metrics = {}, [model["reward_metrics"] for model in models.values()]
+    if game is not None:
+        rows = measure(game, runs, models, references, results, shipped if rank == 0 else None, device)
+    if world_size > 1:
+        parts = [None] * world_size if rank == 0 else None
+        torch.distributed.gather_object((rows, reward_metrics), parts)
+        for other_rows, other_metrics in parts[1:] if rank == 0 else ():
+            rows |= {name: rows[name] + values for name, values in other_rows.items()}
+            reward_metrics += other_metrics
+        torch.distributed.destroy_process_group()
+    if game is not None and rank == 0:
+        print_table(game, rows, reward_metrics)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ from vdn_rlhf import (
     build_network,
     find_game,
     game_name,
-    learn_policy,
+    learn_policies,
     load_checkpoint,
     load_dataset,
-    make_reference_policy,
+    make_reference_policies,
     mean_return,
     run_command_line,
     save_file,
@@ -101,10 +101,10 @@ def main(args: Args) -> None:
         checkpoint, reward_model = load("reward", path, RewardNetwork, device)
         chunks = zip(observations.split(1024), actions.split(1024), strict=True)
         r_std = torch.cat([standardized_rewards(reward_model, checkpoint["stats"], *chunk) for chunk in chunks])
-    rewards = r_std.sum(dim=-1)  # (N, T)
+    rewards = r_std.sum(dim=-1)[None]  # (1, N, T)
 
     bc_checkpoint, bc_policy = load("bc", Path(args.bc_path or folder / f"bc-seed{args.seed}.pt"), AgentNetwork, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generators = [torch.Generator().manual_seed(args.seed)]
     if args.true_players:
         deviates = torch.arange(A, device=device) == data["deviator"][:, None]  # (N, A)
         expert_team = (data["behavior"] < 2)[:, None]  # 0 expert, 1 unilateral
@@ -114,20 +114,20 @@ def main(args: Args) -> None:
         reference_policy = NoisyGreedy(expert, meta["epsilon"])
     else:
         reference_shape = bc_checkpoint["meta"]["network"]
-        team_returns = rewards.sum(dim=1)
-        reference_policy = make_reference_policy(
-            bc_policy, reference_shape, observations, actions, team_returns, args, generator
+        team_returns = rewards.sum(dim=-1)
+        (reference_policy,) = make_reference_policies(
+            [args], [bc_policy], reference_shape, observations, actions, team_returns, generators
         )
     shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, time_input=args.time_input)
-    policy, _, metrics = learn_policy(
-        args, game, shape, observations, actions, rewards, reference_policy, generator, lambda *_: None
+    (result,) = learn_policies(
+        [args], game, shape, observations, actions, rewards, [reference_policy], generators, lambda *_: None
     )
     report = {name: getattr(args, name) for name in ("env", "dataset", "seed", "beta", "true_reward", "true_players")}
     report |= {
         "true_reference": args.true_reference,
-        "reference_score": game.metrics(metrics["charts/reference_return"])["charts/score"],
+        "reference_score": game.metrics(result["metrics"]["charts/reference_return"])["charts/score"],
     }
-    report |= game.metrics(mean_return(game, policy, TEST_EPISODES, 12345, device))
+    report |= game.metrics(mean_return(game, result["policy"], TEST_EPISODES, 12345, device))
     print(json.dumps(report))
     if args.json_path:
         save_file(args.json_path, lambda file: file.write(json.dumps(report, indent=1).encode()))

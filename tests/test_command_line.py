@@ -249,7 +249,7 @@ def test_same_flags_have_the_same_words_and_help_everywhere():
         for flag, text in zip(args.body[::2], args.body[1::2], strict=True):
             assert isinstance(flag, ast.AnnAssign) and isinstance(text.value.value, str)
             described.setdefault(flag.target.id, {})[script] = text.value.value
-    for flag in ("num_threads", "deterministic", "hidden_dim", "max_grad_norm", "preset", "patience"):
+    for flag in ("num_threads", "deterministic", "hidden_dim", "max_grad_norm", "preset", "num_seeds", "compile"):
         assert len(set(described[flag].values())) == 1, described[flag]
 
 

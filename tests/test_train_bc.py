@@ -129,8 +129,8 @@ def test_modes_are_told_apart_slowly(made_up_data, tmp_path, monkeypatch):
         env="made-up", data_path=str(made_up_data), bc_path=str(tmp_path / "bc.pt"), batch_size=7, **SMALL | {"max_epochs": 5}
     )
     train_bc.main(args)
-    n = len(sharpness)
-    assert n == 40 and sharpness == pytest.approx([min(i / 10, 1) ** 2 for i in range(40)])
+    n = len(sharpness)  # 54 training trajectories: 7 minibatches of 7 an epoch
+    assert n == 35 and [x.item() for x in sharpness] == pytest.approx([min(i / 8.75, 1) ** 2 for i in range(35)])
 
 
 def test_imitates_spread_better_than_chance(spread_data, tmp_path):
@@ -159,23 +159,14 @@ def test_unknown_game_skips_the_evaluation_and_says_so(made_up_data, tmp_path, c
     assert "evaluation skipped" in capsys.readouterr().out
 
 
-def test_the_best_epoch_is_saved_and_patience_stops(made_up_data, tmp_path):
+def test_the_best_epoch_is_saved(made_up_data, tmp_path):
     """54 training trajectories of uniformly random actions: every epoch makes the held-out likelihood worse."""
     path = tmp_path / "bc.pt"
     args = Args(env="made-up", data_path=str(made_up_data), bc_path=str(path), device="cpu", hidden_dim=64, batch_size=8)
-    args.learning_rate, args.max_epochs, args.patience, args.annealing = 1e-2, 100, 4, 0.0
+    args.learning_rate, args.max_epochs, args.annealing = 1e-2, 10, 0.0
     train_bc.main(args)
     checkpoint = torch.load(path, weights_only=True)
     losses = [nll for _, nll, *_ in checkpoint["metrics"]["history"]]
     best_epoch = 1 + int(np.argmin(losses))
-    assert checkpoint["metrics"]["best_epoch"] == best_epoch and len(losses) == best_epoch + 4 < 100
+    assert checkpoint["metrics"]["best_epoch"] == best_epoch < len(losses) == 10
     assert checkpoint["metrics"]["bc/mode_nll"] == pytest.approx(min(losses), rel=1e-6)
-
-
-def test_patience_begins_after_the_annealing(made_up_data, tmp_path):
-    """Random actions again: before the modes are told apart nothing improves, and that is no reason to stop."""
-    path = tmp_path / "bc.pt"
-    args = Args(env="made-up", data_path=str(made_up_data), bc_path=str(path), device="cpu", hidden_dim=64, batch_size=8)
-    args.learning_rate, args.max_epochs, args.patience, args.annealing = 1e-2, 40, 2, 0.5
-    train_bc.main(args)
-    assert 20 < len(torch.load(path, weights_only=True)["metrics"]["history"]) < 40

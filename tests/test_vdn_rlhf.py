@@ -167,11 +167,12 @@ def test_reference_imitates_the_trajectories_by_their_weights():
         torch.manual_seed(0)
         args, generator = Args(beta=beta, imitation_updates=300), torch.Generator().manual_seed(0)
         observations = torch.zeros(100, 5, 1, 2)
-        reference = vdn_rlhf.make_reference_policy(two_players(), shape, observations, actions, returns, args, generator)
+        data = (shape, observations, actions, returns[None], [generator])
+        (reference,) = vdn_rlhf.make_reference_policies([args], [two_players()], *data)
         assert reference.num_modes == 1
         assert reference(observations[:1, :-1])[0].softmax(dim=-1)[0, 0, 0, 1].item() == pytest.approx(probability, abs=0.05)
     args.imitation_updates, bc_policy = 0, two_players()
-    assert vdn_rlhf.make_reference_policy(bc_policy, shape, observations, actions, returns, args, generator) is bc_policy
+    assert vdn_rlhf.make_reference_policies([args], [bc_policy], *data) == [bc_policy]
 
 
 def test_labels_and_true_rewards_change_nothing(spread_models, tmp_path):
@@ -196,7 +197,8 @@ def test_reference_imitates_each_agent_where_it_has_weight(monkeypatch):
     args, generator = Args(imitation_updates=200, imitation_learning_rate=0.05), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     bc_policy = AgentNetwork(**shape, num_modes=2)
-    reference = vdn_rlhf.make_reference_policy(bc_policy, shape, observations, actions, torch.zeros(3), args, generator)
+    data = (shape, observations, actions, torch.zeros(1, 3), [generator])
+    (reference,) = vdn_rlhf.make_reference_policies([args], [bc_policy], *data)
     probabilities = reference(observations[:1, :-1])[0].softmax(dim=-1)[0]  # (T, A, num_actions)
     assert (probabilities[:, 0, 0] > 0.9).all() and (probabilities[:, 1, 2] > 0.9).all()
 
@@ -210,6 +212,7 @@ def test_the_loss_gets_equation_3(known_kl, spread_models, tmp_path, monkeypatch
     args.beta, args.known_kl = 2.0, known_kl
     vdn_rlhf.main(args)
     _, _, observations, actions, rewards, gamma, td_lambda, off_policy, known = calls[0]
+    observations, actions, rewards = observations[0], actions[0], rewards[0]  # a stack of one run
     paths = {name: spread_models.parent / f"{file}.pt" for name, file in MODELS.items()}
     checkpoints = {name: vdn_rlhf.load_checkpoint(path, (name,)) for name, path in paths.items()}
     reward_model = vdn_rlhf.build_network(RewardNetwork, paths["reward"], checkpoints["reward"], "cpu")
@@ -221,7 +224,7 @@ def test_the_loss_gets_equation_3(known_kl, spread_models, tmp_path, monkeypatch
     torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-3)
     assert (gamma, td_lambda, off_policy) == (0.9, 0.8, True)
     if known_kl:
-        torch.testing.assert_close(known, kl, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(known[0], kl, rtol=1e-4, atol=1e-3)
     else:
         assert known == 0
 
