@@ -91,14 +91,14 @@ UserErrors = (collect_data.UserError, train_reward.UserError, train_bc.UserError
 def test_file_that_is_no_dataset(content, tmp_path):
     path = tmp_path / "dataset.npz"
     path.write_bytes(content)
-    with pytest.raises(UserErrors, match=r"dataset.npz: truncated or not a dataset"):
+    with pytest.raises(UserErrors, match=r"dataset.npz: damaged, truncated or not a dataset"):
         train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
 
 
 def test_truncated_dataset(spread_data, tmp_path):
     path = tmp_path / "dataset.npz"
     path.write_bytes(spread_data.read_bytes()[:100_000])
-    with pytest.raises(UserErrors, match=r"dataset.npz: truncated or not a dataset"):
+    with pytest.raises(UserErrors, match=r"dataset.npz: damaged, truncated or not a dataset"):
         train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
 
 
