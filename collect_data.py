@@ -321,9 +321,11 @@ def build_network(network_class: type, path: Path | str, checkpoint: dict, devic
 
     try:
         sizes, state_dict = checkpoint["meta"]["network"], checkpoint["state_dict"]
-        for part in (sizes, *sizes.values()):
-            if isinstance(part, dict) and part.get("num_layers", 0) > max(len(state_dict), 1000):
-                raise ValueError(f"num_layers is {part['num_layers']}")
+        for part in (sizes, *sizes.values()):  # of a policy that consists of two networks, these
+            for name in ("observation_dim", "num_agents", "num_actions", "horizon", "hidden_dim", "num_layers", "num_modes"):
+                most = max(len(state_dict), 1000) if name == "num_layers" else 2**31
+                if isinstance(part, dict) and not 1 <= part.get(name, 1) <= most:
+                    raise ValueError(f"{name} is {part[name]}")
         with torch.device("meta"):  # takes no memory, however large the sizes
             expected = network_class(**sizes).state_dict()
         for name in (*expected, *state_dict):
@@ -334,6 +336,7 @@ def build_network(network_class: type, path: Path | str, checkpoint: dict, devic
         network.load_state_dict(state_dict)
     except Exception as error:
         problem = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = "".join(character if character.isprintable() else "?" for character in problem)  # may quote the file
         raise UserError(f"{path}: 'state_dict' or 'meta' is damaged ({problem})") from None
     if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
         raise UserError(f"{path}: 'state_dict' has values that are NaN or infinite; train it again")

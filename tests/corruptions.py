@@ -508,7 +508,7 @@ def write_report(args, files: dict[str, GoodFile], counts: Counter, failures: li
         f"`python tests/corruptions.py --num {args.num} --seed {args.seed}`, {versions}, {seconds:.0f} seconds.",
         "",
         f"{outcomes['refused']:,} of {args.num:,} damaged files were refused as promised: one line that names the file and",
-        f"what is at fault, within {SECONDS} seconds, nothing executed, no file written, less than {MEMORY >> 20} MiB of memory.",
+        f"what is at fault, within {SECONDS} seconds, nothing executed, no file written, less than 1 GiB of memory taken.",
         f"In {outcomes[SAME]} the damage hit nothing that is read: their content was the same. {outcomes[VALID]} with mended",
         f"checksums held other data, which pass every check. {len(failures)} broke a promise.",
         "",
