@@ -1,17 +1,27 @@
 """Damaged and foreign files end in one line that names file and key, and leave nothing behind."""
 
+import io
 import json
+import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
 import sys
+import zipfile
+import zlib
+from dataclasses import fields
 from pathlib import Path
 
+import corruptions
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, made_up_arrays
+from corruptions import SAME, Bomb, packed_zeros, unzip, write_zip
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import collect_data
 import evaluate
@@ -49,7 +59,7 @@ BAD_DATASETS = {
     "observations missing": (lacking("observations"), "'observations' is missing"),
     "observations of integers": (arrays_with(observations=np.zeros((60, 10, 4, 5), np.int32)), "'observations'.*int32"),
     "observations too short": (arrays_with(observations=np.zeros((60, 9, 4, 5), np.float32)), "'observations'.*shape"),
-    "observations of objects": (arrays_with(observations=np.array([{}])), "not a dataset"),
+    "observations of objects": (arrays_with(observations=np.array([{}])), "'observations' is damaged.*[Oo]bject"),
     "actions missing": (lacking("actions"), "'actions' is missing"),
     "actions too large": (with_value("actions", (0, 0, 0), 7), "'actions' has values from 0 to 7.*7 actions"),
     "actions negative": (with_value("actions", (0, 0, 0), -1), "'actions' has values from -1"),
@@ -69,6 +79,7 @@ BAD_DATASETS = {
     "meta a list": (arrays_with(meta=np.array("[]")), "'meta'"),
     "another format": (with_meta(format=2), "'meta'.*format 2"),
     "another game": (with_meta(env="spread"), "'meta' is of the game 'spread', not made-up; pass that game's --env"),
+    "meta of other sizes": (with_meta(num_agents=5), "'meta' has num_agents 5, but 'actions' has 4"),
     "no number of actions": (with_meta(num_actions=None), "'meta'.*num_actions None"),
 }
 
@@ -126,11 +137,6 @@ def test_spread_dataset_of_other_sizes(tmp_path):
     np.savez(path, **with_meta(env="spread"))
     with pytest.raises(UserErrors, match=r"dataset.npz: .*\(4, 5, 7, 9\) but spread has \(3, 18, 5, 25\)"):
         train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
-
-
-class Bomb:
-    def __reduce__(self):
-        return (Path.touch, (Path("exploded"),))
 
 
 def test_bad_policy_files(tmp_path, monkeypatch):
@@ -276,10 +282,97 @@ def test_weights_that_exploded_are_not_saved(tmp_path):
     assert not (tmp_path / "bc.pt").exists()
 
 
-def test_one_line_and_status_2_from_a_real_process(tmp_path):
-    command = [sys.executable, str(ROOT / "train_reward.py"), "--data-path", str(tmp_path / "nowhere.npz")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert (
-        done.stderr == f"error: {tmp_path}/nowhere.npz: cannot be read (No such file or directory); collect_data.py makes it\n"
-    )
+def test_dataset_that_is_not_there(tmp_path):
+    with pytest.raises(
+        UserErrors, match=r"nowhere.npz: cannot be read \(No such file or directory\); collect_data.py makes it"
+    ):
+        train_reward.main(train_reward.Args(data_path=str(tmp_path / "nowhere.npz"), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory):
+    """Read in a folder of their own, where nothing may appear."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("empty"))
+    yield corruptions.make_good_files(tmp_path_factory.mktemp("good"))
+    os.chdir(before)
+
+
+def test_good_files_are_read(good_files):
+    for good in good_files.values():
+        assert not corruptions.is_refused(good, good.content, SAME)
+
+
+def test_the_bomb_goes_off_where_it_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Bomb()))
+    assert Path("exploded").exists()
+
+
+KINDS = [(name, kind) for name in ("reward model", "BC policy", "learned policy") for kind in corruptions.CHECKPOINT]
+KINDS += [("dataset", kind) for kind in corruptions.DATASET]
+
+
+@pytest.mark.parametrize("name, kind", KINDS)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)  # is_refused has the deadline
+@given(random=st.randoms(use_true_random=False))
+def test_damaged_file_is_refused_or_the_damage_is_harmless(name, kind, random, good_files):
+    good = good_files[name]
+    corruptions.is_refused(good, *good.damage[kind](good, random))
+
+
+def test_packed_datasets_are_read(good_files):
+    good = good_files["dataset"]
+    buffer = io.BytesIO()
+    with np.load(io.BytesIO(good.content)) as file:
+        np.savez_compressed(buffer, **file)
+    assert len(buffer.getvalue()) < len(good.content) and not corruptions.is_refused(good, buffer.getvalue(), SAME)
+
+
+def test_bomb_just_below_the_limit(good_files):
+    """What may be unpacked at all is unpacked within the limits on time and memory."""
+    good, head, size = good_files["dataset"], io.BytesIO(), 255 * 2**20
+    np.lib.format.write_array_header_1_0(head, dict(descr="|u1", fortran_order=False, shape=(size,)))
+    lies = dict(compress_type=zipfile.ZIP_DEFLATED, file_size=len(head.getvalue()) + size)
+    lies["CRC"] = zlib.crc32(bytes(size), zlib.crc32(head.getvalue()))
+    members = unzip(good.content) | {"actions.npy": packed_zeros(head.getvalue(), 255)}
+    assert corruptions.is_refused(good, write_zip(members, **{"actions.npy": lies}), r"'actions' has the shape \(267386880,\)")
+
+
+NOT_POSITIVE = {"seed", "imitation_updates"}  # may be 0
+
+
+@pytest.mark.parametrize("module", [collect_data, train_reward, train_bc, vdn_rlhf, evaluate])
+def test_flags_out_of_range(module, tmp_path, monkeypatch):
+    """Every number that a script takes, one after another."""
+    monkeypatch.chdir(tmp_path)
+    required = {"policy_path": "random"} if module is evaluate else {}
+    bad = {"int": (-1, -(2**31), 2**31, 2**64, 0), "float": (float("nan"), float("inf"), -float("inf"), -1e-9, -1.0)}
+    numbers = [
+        (field.name, bad[field.type.split(" | ")[0]]) for field in fields(module.Args) if field.type.split(" | ")[0] in bad
+    ]
+    assert len(numbers) >= 3
+    for name, values in numbers:
+        for value in values[: -1 if name in NOT_POSITIVE else None]:
+            with pytest.raises(module.UserError, match=rf"^--{name.replace('_', '-')} {re.escape(str(value))}: "):
+                module.main(module.Args(**required, **{name: value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_line_and_status_2_from_real_processes(good_files, tmp_path):
+    bomb = tmp_path / "bomb.pt"
+    torch.save(good_files["learned policy"].loaded | {"extra": Bomb()}, bomb)
+    zeros, members = tmp_path / "zeros.npz", unzip(good_files["dataset"].content)
+    zeros.write_bytes(write_zip(members, **{"labels.npy": dict(file_size=2**42)}))
+    commands = {
+        f"evaluate.py --policy-path {bomb}": f"{bomb}: damaged, truncated or not a checkpoint (UnpicklingError)",
+        f"train_reward.py --env made-up --data-path {zeros}": f"{zeros}: 'labels' unpacks to 4398.0 GB; if it is meant to, "
+        "write the file with np.savez",
+        "vdn_rlhf.py --beta nan": "--beta nan: must be a finite number and not negative",
+    }
+    pipes = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = {words: subprocess.Popen([sys.executable, *str(ROOT / words).split()], **pipes) for words in commands}
+    for words, process in processes.items():
+        printed, errors = process.communicate(timeout=120)
+        assert (process.returncode, printed, errors) == (2, "", f"error: {commands[words]}\n"), words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bomb.pt", "zeros.npz"]
