@@ -159,9 +159,15 @@ def test_bad_policy_files(tmp_path, monkeypatch):
         ("'format' is 9", changed(format=9)),
         ("'kind' is 'reward', expected 'vdn' or 'bc'", changed(kind="reward")),
         ("'state_dict' is missing", changed(state_dict=3)),
+        ("'stats' has a wrong value of 'mean'", changed(stats={"mean": torch.zeros(())})),
+        ("'stats' has a wrong value of 'std'", changed(stats={"std": float("inf")})),
         ("'state_dict' or 'meta' is damaged", changed(state_dict={})),
         ("'state_dict' or 'meta' is damaged", changed(meta=good["meta"] | {"network": bigger})),
         ("'state_dict' or 'meta' is damaged", changed(meta={})),
+        *[
+            (f"'meta' is damaged ({name} is {value})", changed(meta=good["meta"] | {"network": shape | {name: value}}))
+            for name, value in (("num_layers", 10**9), ("num_layers", 0), ("hidden_dim", 0), ("horizon", 2**40))
+        ],
         ("'state_dict' has values that are NaN", changed(state_dict=nan)),
         ("'meta' says it plays 'chess'", changed(meta=good["meta"] | {"env": "chess"})),
     ]
@@ -321,6 +327,14 @@ def test_damaged_file_is_refused_or_the_damage_is_harmless(name, kind, random, g
     corruptions.is_refused(good, *good.damage[kind](good, random))
 
 
+def test_weights_that_the_zip_directory_calls_a_folder(good_files):
+    """torch alone would take whatever the memory holds for them, without an error."""
+    for good in (good_files["reward model"], good_files["learned policy"]):
+        members = unzip(good.content)
+        lies = {name: dict(external_attr=0x10) for name in members if "/data/" in name}
+        assert not corruptions.is_refused(good, write_zip(members, **lies), SAME)
+
+
 def test_packed_datasets_are_read(good_files):
     good = good_files["dataset"]
     buffer = io.BytesIO()
@@ -348,9 +362,8 @@ def test_flags_out_of_range(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     required = {"policy_path": "random"} if module is evaluate else {}
     bad = {"int": (-1, -(2**31), 2**31, 2**64, 0), "float": (float("nan"), float("inf"), -float("inf"), -1e-9, -1.0)}
-    numbers = [
-        (field.name, bad[field.type.split(" | ")[0]]) for field in fields(module.Args) if field.type.split(" | ")[0] in bad
-    ]
+    kinds = {field.name: field.type.removesuffix(" | None") for field in fields(module.Args)}
+    numbers = [(name, bad[kind]) for name, kind in kinds.items() if kind in bad]
     assert len(numbers) >= 3
     for name, values in numbers:
         for value in values[: -1 if name in NOT_POSITIVE else None]:
