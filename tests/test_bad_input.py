@@ -76,6 +76,7 @@ BAD_DATASETS = {
     "true rewards NaN": (arrays_with(true_rewards=np.full((60, 9, 4), np.nan, np.float32)), "'true_rewards'.*NaN"),
     "meta missing": (lacking("meta"), "'meta' is missing"),
     "meta no JSON": (arrays_with(meta=np.array("{")), "'meta' is no JSON"),
+    "meta nested too deep": (arrays_with(meta=np.array("[" * 100_000)), "'meta' is no JSON"),
     "meta a list": (arrays_with(meta=np.array("[]")), "'meta'"),
     "another format": (with_meta(format=2), "'meta'.*format 2"),
     "another game": (with_meta(env="spread"), "'meta' is of the game 'spread', not made-up; pass that game's --env"),
@@ -168,6 +169,7 @@ def test_bad_policy_files(tmp_path, monkeypatch):
             (f"'meta' is damaged ({name} is {value})", changed(meta=good["meta"] | {"network": shape | {name: value}}))
             for name, value in (("num_layers", 10**9), ("num_layers", 0), ("hidden_dim", 0), ("horizon", 2**40))
         ],
+        ("keyword argument '?[2J'", changed(meta=good["meta"] | {"network": shape | {"\x1b[2J": 1}})),  # clears a terminal
         ("'state_dict' has values that are NaN", changed(state_dict=nan)),
         ("'meta' says it plays 'chess'", changed(meta=good["meta"] | {"env": "chess"})),
     ]
@@ -333,6 +335,19 @@ def test_weights_that_the_zip_directory_calls_a_folder(good_files):
         members = unzip(good.content)
         lies = {name: dict(external_attr=0x10) for name in members if "/data/" in name}
         assert not corruptions.is_refused(good, write_zip(members, **lies), SAME)
+
+
+def test_dataset_whose_headers_differ_from_its_content(good_files):
+    good = good_files["dataset"]
+    members = unzip(good.content)
+    header, shape = members["observations.npy"], b"(60, 10, 4, 5), }        "
+    assert shape in header
+    shorter = members | {"observations.npy": header.replace(shape, b"(60, 10, 4, 4), }        ")}
+    assert corruptions.is_refused(good, write_zip(shorter), "'observations' is longer than its header says")
+    renamed = write_zip(members, **{"true_rewards.npy": dict(filename="true_rewardz.npy")})  # in the directory alone
+    assert corruptions.is_refused(good, renamed, "true_rewardz")
+    python_2 = members | {"observations.npy": header.replace(shape, b"(60L, 10L, 4L, 5L), }    ")}  # numpy warns, and reads it
+    assert not corruptions.is_refused(good, write_zip(python_2), SAME)
 
 
 def test_packed_datasets_are_read(good_files):
