@@ -33,6 +33,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -294,9 +295,17 @@ def load_checkpoint(path: Path | str, kinds: tuple[str, ...]) -> dict:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated, foreign or malicious: torch raises many kinds
-        raise UserError(f"{path}: truncated or not a checkpoint ({type(error).__name__})") from None
+        # torch compares no checksums and fills what a damaged directory calls a folder with whatever the memory holds, so it
+        # is given a copy of what zipfile reads.
+        with zipfile.ZipFile(io.BytesIO(content)) as file, zipfile.ZipFile(verified := io.BytesIO(), "w") as target:
+            if sum(record.file_size for record in file.infolist()) > len(content):  # torch.save packs nothing
+                raise ValueError("unpacks to more than it holds")
+            for name in dict.fromkeys(file.namelist()):
+                target.writestr(name, file.read(name))
+        verified.seek(0)
+        checkpoint = torch.load(verified, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, foreign or malicious: zipfile and torch raise many kinds
+        raise UserError(f"{path}: damaged, truncated or not a checkpoint ({type(error).__name__})") from None
     fields = {"format": int, "kind": str, "args": dict, "meta": dict, "state_dict": dict, "stats": dict, "metrics": dict}
     for key, expected in fields.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), expected):
@@ -305,16 +314,45 @@ def load_checkpoint(path: Path | str, kinds: tuple[str, ...]) -> dict:
         raise UserError(f"{path}: 'format' is {checkpoint['format']} but this code reads {FORMAT}; train it again")
     if checkpoint["kind"] not in kinds:
         raise UserError(f"{path}: 'kind' is {checkpoint['kind']!r}, expected {' or '.join(map(repr, kinds))}")
+    read = {"env": str, "horizon": int, "sources": dict, "network": dict}  # what the scripts read from the meta
+    fine = {
+        "args": lambda name, value: isinstance(value, (str, int, float, type(None))),
+        "meta": lambda name, value: isinstance(value, read.get(name, object)),
+        "stats": lambda name, value: isinstance(value, float) and abs(value) < float("inf"),
+        "metrics": lambda name, value: isinstance(value, (int, float, list)),
+    }
+    for key, is_fine in fine.items():
+        for name, value in checkpoint[key].items():
+            if not is_fine(name, value):
+                raise UserError(f"{path}: '{key}' has a wrong value of {name!r}; is this a checkpoint of this project?")
     return checkpoint
 
 
 def build_network(network_class: type, path: Path | str, checkpoint: dict, device) -> nn.Module:
     """The network that `meta["network"]` and `state_dict` describe, in evaluation mode."""
+
+    def describe(tensor) -> str:
+        return "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)} contiguous={tensor.is_contiguous()}"
+
     try:
-        network = network_class(**checkpoint["meta"]["network"])
-        network.load_state_dict(checkpoint["state_dict"])
+        sizes, state_dict = checkpoint["meta"]["network"], checkpoint["state_dict"]
+        for part in (sizes, *sizes.values()):  # of a policy that consists of two networks, these
+            for name in ("observation_dim", "num_agents", "num_actions", "horizon", "hidden_dim", "num_layers", "num_modes"):
+                most = max(len(state_dict), 1000) if name == "num_layers" else 2**31
+                if isinstance(part, dict) and not 1 <= part.get(name, 1) <= most:
+                    raise ValueError(f"{name} is {part[name]}")
+        with torch.device("meta"):  # takes no memory, however large the sizes
+            expected = network_class(**sizes).state_dict()
+        for name in (*expected, *state_dict):
+            found, wanted = describe(state_dict.get(name)), describe(expected.get(name))
+            if found != wanted:
+                raise ValueError(f"{name!r} is {found}, expected {wanted}")
+        network = network_class(**sizes)
+        network.load_state_dict(state_dict)
     except Exception as error:
-        raise UserError(f"{path}: 'state_dict' or 'meta' is damaged ({str(error).splitlines()[0]})") from None
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = "".join(character if character.isprintable() else "?" for character in problem)  # may quote the file
+        raise UserError(f"{path}: 'state_dict' or 'meta' is damaged ({problem})") from None
     if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
         raise UserError(f"{path}: 'state_dict' has values that are NaN or infinite; train it again")
     return network.to(device).eval().requires_grad_(False)

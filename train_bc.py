@@ -33,6 +33,8 @@ import os
 import re
 import sys
 import time
+import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -415,9 +417,17 @@ def load_checkpoint(path: Path | str, kinds: tuple[str, ...]) -> dict:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated, foreign or malicious: torch raises many kinds
-        raise UserError(f"{path}: truncated or not a checkpoint ({type(error).__name__})") from None
+        # torch compares no checksums and fills what a damaged directory calls a folder with whatever the memory holds, so it
+        # is given a copy of what zipfile reads.
+        with zipfile.ZipFile(io.BytesIO(content)) as file, zipfile.ZipFile(verified := io.BytesIO(), "w") as target:
+            if sum(record.file_size for record in file.infolist()) > len(content):  # torch.save packs nothing
+                raise ValueError("unpacks to more than it holds")
+            for name in dict.fromkeys(file.namelist()):
+                target.writestr(name, file.read(name))
+        verified.seek(0)
+        checkpoint = torch.load(verified, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, foreign or malicious: zipfile and torch raise many kinds
+        raise UserError(f"{path}: damaged, truncated or not a checkpoint ({type(error).__name__})") from None
     fields = {"format": int, "kind": str, "args": dict, "meta": dict, "state_dict": dict, "stats": dict, "metrics": dict}
     for key, expected in fields.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), expected):
@@ -426,16 +436,45 @@ def load_checkpoint(path: Path | str, kinds: tuple[str, ...]) -> dict:
         raise UserError(f"{path}: 'format' is {checkpoint['format']} but this code reads {FORMAT}; train it again")
     if checkpoint["kind"] not in kinds:
         raise UserError(f"{path}: 'kind' is {checkpoint['kind']!r}, expected {' or '.join(map(repr, kinds))}")
+    read = {"env": str, "horizon": int, "sources": dict, "network": dict}  # what the scripts read from the meta
+    fine = {
+        "args": lambda name, value: isinstance(value, (str, int, float, type(None))),
+        "meta": lambda name, value: isinstance(value, read.get(name, object)),
+        "stats": lambda name, value: isinstance(value, float) and abs(value) < float("inf"),
+        "metrics": lambda name, value: isinstance(value, (int, float, list)),
+    }
+    for key, is_fine in fine.items():
+        for name, value in checkpoint[key].items():
+            if not is_fine(name, value):
+                raise UserError(f"{path}: '{key}' has a wrong value of {name!r}; is this a checkpoint of this project?")
     return checkpoint
 
 
 def build_network(network_class: type, path: Path | str, checkpoint: dict, device) -> nn.Module:
     """The network that `meta["network"]` and `state_dict` describe, in evaluation mode."""
+
+    def describe(tensor) -> str:
+        return "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)} contiguous={tensor.is_contiguous()}"
+
     try:
-        network = network_class(**checkpoint["meta"]["network"])
-        network.load_state_dict(checkpoint["state_dict"])
+        sizes, state_dict = checkpoint["meta"]["network"], checkpoint["state_dict"]
+        for part in (sizes, *sizes.values()):  # of a policy that consists of two networks, these
+            for name in ("observation_dim", "num_agents", "num_actions", "horizon", "hidden_dim", "num_layers", "num_modes"):
+                most = max(len(state_dict), 1000) if name == "num_layers" else 2**31
+                if isinstance(part, dict) and not 1 <= part.get(name, 1) <= most:
+                    raise ValueError(f"{name} is {part[name]}")
+        with torch.device("meta"):  # takes no memory, however large the sizes
+            expected = network_class(**sizes).state_dict()
+        for name in (*expected, *state_dict):
+            found, wanted = describe(state_dict.get(name)), describe(expected.get(name))
+            if found != wanted:
+                raise ValueError(f"{name!r} is {found}, expected {wanted}")
+        network = network_class(**sizes)
+        network.load_state_dict(state_dict)
     except Exception as error:
-        raise UserError(f"{path}: 'state_dict' or 'meta' is damaged ({str(error).splitlines()[0]})") from None
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = "".join(character if character.isprintable() else "?" for character in problem)  # may quote the file
+        raise UserError(f"{path}: 'state_dict' or 'meta' is damaged ({problem})") from None
     if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
         raise UserError(f"{path}: 'state_dict' has values that are NaN or infinite; train it again")
     return network.to(device).eval().requires_grad_(False)
@@ -484,32 +523,41 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
         if not fine:
             raise UserError(f"{path}: '{key}' {problem}")
 
-    data = {}
+    data, place = {}, ""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with zipfile.ZipFile(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's about damaged headers
+            members = {member.filename.removesuffix(".npy"): member for member in file.infolist()}
+            for member in members.values():
+                file.open(member).close()  # raises where the directory has another name for it, as if it were not there
             for key in ("meta", *names):
-                check(key in file.files, key, "is missing")
-            meta_text = str(file["meta"])
-            for key in (*names, *optional):
-                if key in file.files:
-                    data[key] = file[key]
+                check(key in members, key, "is missing")
+            for key in ("meta", *names, *(key for key in optional if key in members)):
+                place, size = f"'{key}' is ", members[key].file_size
+                packed = size > max(2**28, 100 * Path(path).stat().st_size)  # tighter than arrays of a game can be
+                check(not packed, key, f"unpacks to {size / 1e9:.1f} GB; if it is meant to, write the file with np.savez")
+                with file.open(members[key]) as member:
+                    data[key] = np.lib.format.read_array(member, allow_pickle=False)
+                    check(not member.read(1), key, "is longer than its header says")  # the end verifies the checksum
     except UserError:
         raise
     except Exception as error:  # truncated, foreign or malicious: numpy and zipfile raise many kinds
         if isinstance(error, OSError) and error.errno:
             hint = "; collect_data.py makes it" if isinstance(error, FileNotFoundError) else ""
             raise UserError(f"{path}: cannot be read ({error.strerror}){hint}") from None
-        raise UserError(f"{path}: truncated or not a dataset ({type(error).__name__}: {error})") from None
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path}: {place}damaged, truncated or not a dataset ({problem})") from None
 
+    meta_text = str(data.pop("meta"))
     try:
         meta = json.loads(meta_text)
-    except ValueError:
+    except (ValueError, RecursionError):
         meta = None
     check(isinstance(meta, dict), "meta", "is no JSON object")
-    check(meta.get("format") == 1, "meta", f"says format {meta.get('format')}, but this code reads 1")
+    check(meta.get("format") == 1, "meta", f"says format {meta.get('format')!r}, but this code reads 1")
     check(meta.get("env") == env, "meta", f"is of the game {meta.get('env')!r}, not {env}; pass that game's --env and counts")
     num_actions = meta.get("num_actions")
-    check(type(num_actions) is int and 1 <= num_actions <= 256, "meta", f"has num_actions {num_actions}, not 1 to 256")
+    check(type(num_actions) is int and 1 <= num_actions <= 256, "meta", f"has num_actions {num_actions!r}, not 1 to 256")
 
     # dimensions, kind of number and the type in which the scripts use it
     kinds = {"observations": (4, "f", np.float32), "actions": (3, "iu", np.uint8), "true_rewards": (3, "f", np.float32)}
@@ -524,6 +572,8 @@ def load_dataset(path: Path | str, env: str, names: tuple[str, ...], optional: t
     for key in expected.keys() & data.keys():
         fits = all(want in (..., have) for want, have in zip(expected[key], data[key].shape, strict=False))
         check(fits, key, f"has the shape {data[key].shape}, which does not fit actions {(N, T, A)}")
+    for name, size in (("num_agents", A), ("horizon", T)):
+        check(meta.get(name, size) == size, "meta", f"has {name} {meta.get(name)!r}, but 'actions' has {size}")
     low, high = data["actions"].min(), data["actions"].max()
     problem = f"has values from {low} to {high} but {env} has {num_actions} actions; was it collected for another --env?"
     check(low >= 0 and high < num_actions, "actions", problem)

@@ -1,7 +1,8 @@
-"""Small datasets shared by the tests: one of spread, played by the shipped policies, and one of a made-up game."""
+"""Small datasets shared by the tests: one of spread, played by the shipped policies, and one of a made-up game; no network."""
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -17,6 +18,9 @@ import train_bc
 import vdn_rlhf
 
 ROOT = Path(__file__).parent.parent
+NO_NETWORK = ROOT / "tests" / "no_network"
+os.environ["PYTHONPATH"] = str(NO_NETWORK)  # for processes that tests start
+runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
 torch.set_num_threads(1)
 
 

@@ -1,17 +1,27 @@
 """Damaged and foreign files end in one line that names file and key, and leave nothing behind."""
 
+import io
 import json
+import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
 import sys
+import zipfile
+import zlib
+from dataclasses import fields
 from pathlib import Path
 
+import corruptions
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, made_up_arrays
+from corruptions import SAME, Bomb, packed_zeros, unzip, write_zip
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import collect_data
 import evaluate
@@ -49,7 +59,7 @@ BAD_DATASETS = {
     "observations missing": (lacking("observations"), "'observations' is missing"),
     "observations of integers": (arrays_with(observations=np.zeros((60, 10, 4, 5), np.int32)), "'observations'.*int32"),
     "observations too short": (arrays_with(observations=np.zeros((60, 9, 4, 5), np.float32)), "'observations'.*shape"),
-    "observations of objects": (arrays_with(observations=np.array([{}])), "not a dataset"),
+    "observations of objects": (arrays_with(observations=np.array([{}])), "'observations' is damaged.*[Oo]bject"),
     "actions missing": (lacking("actions"), "'actions' is missing"),
     "actions too large": (with_value("actions", (0, 0, 0), 7), "'actions' has values from 0 to 7.*7 actions"),
     "actions negative": (with_value("actions", (0, 0, 0), -1), "'actions' has values from -1"),
@@ -66,9 +76,11 @@ BAD_DATASETS = {
     "true rewards NaN": (arrays_with(true_rewards=np.full((60, 9, 4), np.nan, np.float32)), "'true_rewards'.*NaN"),
     "meta missing": (lacking("meta"), "'meta' is missing"),
     "meta no JSON": (arrays_with(meta=np.array("{")), "'meta' is no JSON"),
+    "meta nested too deep": (arrays_with(meta=np.array("[" * 100_000)), "'meta' is no JSON"),
     "meta a list": (arrays_with(meta=np.array("[]")), "'meta'"),
     "another format": (with_meta(format=2), "'meta'.*format 2"),
     "another game": (with_meta(env="spread"), "'meta' is of the game 'spread', not made-up; pass that game's --env"),
+    "meta of other sizes": (with_meta(num_agents=5), "'meta' has num_agents 5, but 'actions' has 4"),
     "no number of actions": (with_meta(num_actions=None), "'meta'.*num_actions None"),
 }
 
@@ -91,14 +103,14 @@ UserErrors = (collect_data.UserError, train_reward.UserError, train_bc.UserError
 def test_file_that_is_no_dataset(content, tmp_path):
     path = tmp_path / "dataset.npz"
     path.write_bytes(content)
-    with pytest.raises(UserErrors, match=r"dataset.npz: truncated or not a dataset"):
+    with pytest.raises(UserErrors, match=r"dataset.npz: damaged, truncated or not a dataset"):
         train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
 
 
 def test_truncated_dataset(spread_data, tmp_path):
     path = tmp_path / "dataset.npz"
     path.write_bytes(spread_data.read_bytes()[:100_000])
-    with pytest.raises(UserErrors, match=r"dataset.npz: truncated or not a dataset"):
+    with pytest.raises(UserErrors, match=r"dataset.npz: damaged, truncated or not a dataset"):
         train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
 
 
@@ -128,11 +140,6 @@ def test_spread_dataset_of_other_sizes(tmp_path):
         train_bc.main(train_bc.Args(data_path=str(path), device="cpu"))
 
 
-class Bomb:
-    def __reduce__(self):
-        return (Path.touch, (Path("exploded"),))
-
-
 def test_bad_policy_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = torch.load(EXPERT, weights_only=True)
@@ -153,9 +160,16 @@ def test_bad_policy_files(tmp_path, monkeypatch):
         ("'format' is 9", changed(format=9)),
         ("'kind' is 'reward', expected 'vdn' or 'bc'", changed(kind="reward")),
         ("'state_dict' is missing", changed(state_dict=3)),
+        ("'stats' has a wrong value of 'mean'", changed(stats={"mean": torch.zeros(())})),
+        ("'stats' has a wrong value of 'std'", changed(stats={"std": float("inf")})),
         ("'state_dict' or 'meta' is damaged", changed(state_dict={})),
         ("'state_dict' or 'meta' is damaged", changed(meta=good["meta"] | {"network": bigger})),
         ("'state_dict' or 'meta' is damaged", changed(meta={})),
+        *[
+            (f"'meta' is damaged ({name} is {value})", changed(meta=good["meta"] | {"network": shape | {name: value}}))
+            for name, value in (("num_layers", 10**9), ("num_layers", 0), ("hidden_dim", 0), ("horizon", 2**40))
+        ],
+        ("keyword argument '?[2J'", changed(meta=good["meta"] | {"network": shape | {"\x1b[2J": 1}})),  # clears a terminal
         ("'state_dict' has values that are NaN", changed(state_dict=nan)),
         ("'meta' says it plays 'chess'", changed(meta=good["meta"] | {"env": "chess"})),
     ]
@@ -276,10 +290,117 @@ def test_weights_that_exploded_are_not_saved(tmp_path):
     assert not (tmp_path / "bc.pt").exists()
 
 
-def test_one_line_and_status_2_from_a_real_process(tmp_path):
-    command = [sys.executable, str(ROOT / "train_reward.py"), "--data-path", str(tmp_path / "nowhere.npz")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert (
-        done.stderr == f"error: {tmp_path}/nowhere.npz: cannot be read (No such file or directory); collect_data.py makes it\n"
-    )
+def test_dataset_that_is_not_there(tmp_path):
+    with pytest.raises(
+        UserErrors, match=r"nowhere.npz: cannot be read \(No such file or directory\); collect_data.py makes it"
+    ):
+        train_reward.main(train_reward.Args(data_path=str(tmp_path / "nowhere.npz"), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory):
+    """Read in a folder of their own, where nothing may appear."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("empty"))
+    yield corruptions.make_good_files(tmp_path_factory.mktemp("good"))
+    os.chdir(before)
+
+
+def test_good_files_are_read(good_files):
+    for good in good_files.values():
+        assert not corruptions.is_refused(good, good.content, SAME)
+
+
+def test_the_bomb_goes_off_where_it_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Bomb()))
+    assert Path("exploded").exists()
+
+
+KINDS = [(name, kind) for name in ("reward model", "BC policy", "learned policy") for kind in corruptions.CHECKPOINT]
+KINDS += [("dataset", kind) for kind in corruptions.DATASET]
+
+
+@pytest.mark.parametrize("name, kind", KINDS)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)  # is_refused has the deadline
+@given(random=st.randoms(use_true_random=False))
+def test_damaged_file_is_refused_or_the_damage_is_harmless(name, kind, random, good_files):
+    good = good_files[name]
+    corruptions.is_refused(good, *good.damage[kind](good, random))
+
+
+def test_weights_that_the_zip_directory_calls_a_folder(good_files):
+    """torch alone would take whatever the memory holds for them, without an error."""
+    for good in (good_files["reward model"], good_files["learned policy"]):
+        members = unzip(good.content)
+        lies = {name: dict(external_attr=0x10) for name in members if "/data/" in name}
+        assert not corruptions.is_refused(good, write_zip(members, **lies), SAME)
+
+
+def test_dataset_whose_headers_differ_from_its_content(good_files):
+    good = good_files["dataset"]
+    members = unzip(good.content)
+    header, shape = members["observations.npy"], b"(60, 10, 4, 5), }        "
+    assert shape in header
+    shorter = members | {"observations.npy": header.replace(shape, b"(60, 10, 4, 4), }        ")}
+    assert corruptions.is_refused(good, write_zip(shorter), "'observations' is longer than its header says")
+    renamed = write_zip(members, **{"true_rewards.npy": dict(filename="true_rewardz.npy")})  # in the directory alone
+    assert corruptions.is_refused(good, renamed, "true_rewardz")
+    python_2 = members | {"observations.npy": header.replace(shape, b"(60L, 10L, 4L, 5L), }    ")}  # numpy warns, and reads it
+    assert not corruptions.is_refused(good, write_zip(python_2), SAME)
+
+
+def test_packed_datasets_are_read(good_files):
+    good = good_files["dataset"]
+    buffer = io.BytesIO()
+    with np.load(io.BytesIO(good.content)) as file:
+        np.savez_compressed(buffer, **file)
+    assert len(buffer.getvalue()) < len(good.content) and not corruptions.is_refused(good, buffer.getvalue(), SAME)
+
+
+def test_bomb_just_below_the_limit(good_files):
+    """What may be unpacked at all is unpacked within the limits on time and memory."""
+    good, head, size = good_files["dataset"], io.BytesIO(), 255 * 2**20
+    np.lib.format.write_array_header_1_0(head, dict(descr="|u1", fortran_order=False, shape=(size,)))
+    lies = dict(compress_type=zipfile.ZIP_DEFLATED, file_size=len(head.getvalue()) + size)
+    lies["CRC"] = zlib.crc32(bytes(size), zlib.crc32(head.getvalue()))
+    members = unzip(good.content) | {"actions.npy": packed_zeros(head.getvalue(), 255)}
+    assert corruptions.is_refused(good, write_zip(members, **{"actions.npy": lies}), r"'actions' has the shape \(267386880,\)")
+
+
+NOT_POSITIVE = {"seed", "imitation_updates"}  # may be 0
+
+
+@pytest.mark.parametrize("module", [collect_data, train_reward, train_bc, vdn_rlhf, evaluate])
+def test_flags_out_of_range(module, tmp_path, monkeypatch):
+    """Every number that a script takes, one after another."""
+    monkeypatch.chdir(tmp_path)
+    required = {"policy_path": "random"} if module is evaluate else {}
+    bad = {"int": (-1, -(2**31), 2**31, 2**64, 0), "float": (float("nan"), float("inf"), -float("inf"), -1e-9, -1.0)}
+    kinds = {field.name: field.type.removesuffix(" | None") for field in fields(module.Args)}
+    numbers = [(name, bad[kind]) for name, kind in kinds.items() if kind in bad]
+    assert len(numbers) >= 3
+    for name, values in numbers:
+        for value in values[: -1 if name in NOT_POSITIVE else None]:
+            with pytest.raises(module.UserError, match=rf"^--{name.replace('_', '-')} {re.escape(str(value))}: "):
+                module.main(module.Args(**required, **{name: value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_line_and_status_2_from_real_processes(good_files, tmp_path):
+    bomb = tmp_path / "bomb.pt"
+    torch.save(good_files["learned policy"].loaded | {"extra": Bomb()}, bomb)
+    zeros, members = tmp_path / "zeros.npz", unzip(good_files["dataset"].content)
+    zeros.write_bytes(write_zip(members, **{"labels.npy": dict(file_size=2**42)}))
+    commands = {
+        f"evaluate.py --policy-path {bomb}": f"{bomb}: damaged, truncated or not a checkpoint (UnpicklingError)",
+        f"train_reward.py --env made-up --data-path {zeros}": f"{zeros}: 'labels' unpacks to 4398.0 GB; if it is meant to, "
+        "write the file with np.savez",
+        "vdn_rlhf.py --beta nan": "--beta nan: must be a finite number and not negative",
+    }
+    pipes = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = {words: subprocess.Popen([sys.executable, *str(ROOT / words).split()], **pipes) for words in commands}
+    for words, process in processes.items():
+        printed, errors = process.communicate(timeout=120)
+        assert (process.returncode, printed, errors) == (2, "", f"error: {commands[words]}\n"), words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bomb.pt", "zeros.npz"]

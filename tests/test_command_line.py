@@ -25,8 +25,7 @@ TINY = "--hidden-dim 16 --num-layers 2 --device cpu"
 
 def run(folder: Path, script: str, flags: str, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, f"{script}.py", *flags.split()]
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=clean | environment, timeout=120)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | environment, timeout=120)
 
 
 def alone(folder: Path, script: str) -> Path:
