@@ -67,7 +67,7 @@ class Args:
     """sample actions from the softmax of the outputs (for BC policies) instead of playing the best one"""
     nash_gap: bool = False
     """also train a best response of each agent and report what it gains: a lower bound of the Nash gap"""
-    num_updates: int = 2_400
+    num_updates: int = 3_000
     """gradient steps of the best responses of --nash-gap"""
     seed: int = 1
     """fixes start states and sampled actions, the same ones for both backends"""
@@ -84,7 +84,7 @@ class Args:
 EPISODES_AT_ONCE = 128  # in both backends, because a network's rounding depends on the size of its batch
 
 # Best responses of --nash-gap. The unit of the margins is the standard deviation of what an exploring agent gains per episode.
-GAMMA, TD_LAMBDA, EPSILON, LEARNING_RATE, MARGIN = 0.95, 0.8, 0.05, 3e-3, 0.02
+GAMMA, TD_LAMBDA, EPSILON, LEARNING_RATE, MARGIN = 0.95, 0.8, 0.1, 3e-3, 0.02
 NUM_ENVS, UPDATES_PER_ROLLOUT, BATCH_SIZE, BUFFER_SIZE = 128, 8, 64, 8192  # in episodes
 NUM_CHECKPOINTS, CANDIDATE_MARGINS, CHOICE_EPISODES = 4, (0.0, 0.02, 0.05, 0.1, 0.2), 1024
 
@@ -916,10 +916,13 @@ def greedy_response(q_network, margin: float) -> Callable:
     return lambda inputs, policy_actions, step: with_margin(q_network(inputs[:, None], step)[0][:, 0], policy_actions, margin)
 
 
-def measure_gains(game: Game, network, respond: Callable, num_episodes: int, seed: int, device, sample=False) -> torch.Tensor:
+def measure_gains(
+    game: Game, network, respond: Callable, num_episodes: int, seed: int, device, sample: bool, title=""
+) -> torch.Tensor:
     """What each agent gains in each of so many episodes when it alone plays respond, (num_episodes, A)."""
     generator, gains = torch.Generator(device).manual_seed(seed), []
-    for start in range(0, num_episodes, EPISODES_AT_ONCE):
+    starts = range(0, num_episodes, EPISODES_AT_ONCE)
+    for start in tqdm(starts, desc=title, unit="batch", mininterval=1, disable=not title):
         size = min(EPISODES_AT_ONCE, num_episodes - start)
         gains.append(play_pairs(game, network, respond, size, generator, device, sample, torch.float64)[-1].sum(dim=1))
     return torch.cat(gains)
@@ -1020,7 +1023,8 @@ def with_interval(mean: float, interval: list[float] | None) -> str:
 def nash_gap(game: Game, network, args: Args, device) -> dict:
     """The part of the report that --nash-gap adds."""
     respond, best_responses = train_best_responses(game, network, args, device)
-    gains = measure_gains(game, network, respond, args.num_episodes, args.seed, device, args.sample)  # (N, A)
+    options = dict(sample=args.sample, title=f"gains on {game.name}")
+    gains = measure_gains(game, network, respond, args.num_episodes, args.seed, device, **options)  # (N, A)
     gap, gap_interval = mean_and_interval(gains.sum(dim=1))
     agent_gains, agent_gain_intervals = zip(*map(mean_and_interval, gains.T), strict=True)
     report = {"charts/nash_gap": gap, "nash_gap_interval": gap_interval}
