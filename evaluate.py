@@ -9,12 +9,27 @@ Reported (text on stdout, JSON with --json-path):
     standard_error      of charts/test_return, over episodes
     agent_returns       mean return of each agent
     episode_returns     of every episode, mean over its agents
+
+With --nash-gap also how far the policy is from a Nash equilibrium. Nash-Gap(pi) (section 3) is the sum over agents of what
+agent i gains if it alone plays a best response to the others. For each agent one is trained in the batched environment, on
+the agent's own reward and with its own observation. Candidates are checkpoints along the training, each deviating from the
+policy only where that promises more than one of several margins, and the policy itself. The best one is chosen on one set of
+episodes and measured on another, with and without the deviation on every start state. A gain that turns out negative there
+stays negative; the policy itself, chosen where nothing else did better, gains exactly 0. Up to their intervals all of these
+are lower bounds, because a search can miss the best response:
+    charts/nash_gap       the sum of agent_gains
+    nash_gap_interval     its 95 % confidence interval over episodes
+    agent_gains           mean gain of each agent, undiscounted, of one episode
+    agent_gain_intervals  the same for each agent
+    best_responses        of each agent: the updates behind the one chosen (0: the policy itself), its margin in units of
+                          reward, and its gain in the episodes that it was chosen on
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import hashlib
 import io
@@ -52,6 +67,10 @@ class Args:
     """torch (batched) or mpe2 (the real package, about 100 times slower)"""
     sample: bool = False
     """sample actions from the softmax of the outputs (for BC policies) instead of playing the best one"""
+    nash_gap: bool = False
+    """also train a best response of each agent and report what it gains: a lower bound of the Nash gap"""
+    num_updates: int = 3_000
+    """gradient steps of the best responses of --nash-gap"""
     seed: int = 1
     """fixes start states and sampled actions, the same ones for both backends"""
     json_path: str = ""
@@ -65,6 +84,11 @@ class Args:
 
 
 EPISODES_AT_ONCE = 128  # in both backends, because a network's rounding depends on the size of its batch
+
+# Best responses of --nash-gap. The unit of the margins is the standard deviation of what an exploring agent gains per episode.
+GAMMA, TD_LAMBDA, EPSILON, LEARNING_RATE, MARGIN = 0.95, 0.8, 0.1, 3e-3, 0.02
+NUM_ENVS, UPDATES_PER_ROLLOUT, BATCH_SIZE, BUFFER_SIZE = 128, 8, 64, 8192  # in episodes
+NUM_CHECKPOINTS, CANDIDATE_MARGINS, CHOICE_EPISODES = 4, (0.0, 0.02, 0.05, 0.1, 0.2), 1024
 
 
 # --- shared block: command_line ---
@@ -169,6 +193,21 @@ def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
         raise UserError(f"--track: wandb does not start ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     prefixes = [f"{name}/" if len(names) > 1 else "" for name in names]
     return lambda s, metrics, step: run.log({prefixes[s] + name: value for name, value in metrics.items()}, step=step)
+
+
+# --- end shared block ---
+
+
+# --- shared block: mixed_precision ---
+# Origin: train_reward.py.
+def mixed_precision(enabled: bool, device: torch.device):
+    """Context for training in which the hidden layers multiply in bfloat16, where the device has instructions for that. The
+    last layers, losses and targets stay in float32."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported()
+    else:
+        capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable, cache_enabled=False)
 
 
 # --- end shared block ---
@@ -927,8 +966,209 @@ def play(game: Game, network, args: Args, device: torch.device) -> torch.Tensor:
     return torch.cat(returns)
 
 
+def paired_actor(network, num_actions: int, num_copies: int, generator, sample: bool) -> Callable:
+    """-> act(observations (num_copies * M, A, D), step) -> actions (num_copies * M, A), the outputs behind them. As make_actor,
+    but every copy of the M environments has the same draws, so that copies differ only by what is done differently in them."""
+    memory = None
+
+    def act(observations, step):
+        nonlocal memory
+        if network is None:
+            outputs = observations.new_zeros(*observations.shape[:2], num_actions)
+        else:
+            outputs, memory = network(observations[:, None], step, memory if step > 0 else None)
+            outputs = outputs[:, 0]
+        if not sample:
+            return outputs.argmax(dim=-1), outputs
+        shape = (len(outputs) // num_copies, *outputs.shape[1:])
+        gumbel = -torch.empty(shape, device=outputs.device).exponential_(generator=generator).log()
+        return (outputs + gumbel.repeat(num_copies, 1, 1)).argmax(dim=-1), outputs  # a draw from their softmax
+
+    return act
+
+
+def own(x: torch.Tensor) -> torch.Tensor:
+    """What concerns the deviator of each copy: x (A + 1, M, A, ...) -> the view x[i, :, i] as (M, A, ...)."""
+    return x[:-1].diagonal(dim1=0, dim2=2).movedim(-1, 1)
+
+
+@torch.no_grad()
+def play_pairs(game: Game, network, respond: Callable, num_envs: int, generator, device, sample: bool, dtype=torch.float32):
+    """Episodes from M = num_envs start states, A + 1 times each: in copy i agent i plays respond(inputs, policy_actions, step)
+    and all others follow the policy, in the last copy everybody does. Start states and draws are the same in all copies.
+
+    -> inputs (M, T, A, F), policy actions (M, T, A), actions (M, T, A) of the deviators, and how much more they earn in each
+    step than in the last copy (M, T, A). The inputs of agent i are its observation, its action under the policy as one-hot,
+    and the policy's outputs, standardised."""
+    copies = game.num_agents + 1
+    start, env = ParticleEnv(game, num_envs, device, dtype), ParticleEnv(game, copies * num_envs, device, dtype)
+    start.reset(generator)
+    observations = env.set_state(*(x.repeat(copies, *[1] * (x.dim() - 1)) for x in start.state()))
+    if game.prey is not None:
+        act_prey = paired_actor(game.prey, 5, copies, generator, sample=True)
+        env.act_prey = lambda observations, step: act_prey(observations, step)[0]
+    act_policy = paired_actor(network, game.num_actions, copies, generator, sample or network is None)
+    steps = []
+
+    def act(observations, step):
+        actions, outputs = act_policy(observations, step)
+        views = [own(x.unflatten(0, (copies, num_envs))) for x in (observations, outputs, actions)]
+        policy_actions = views[2].clone()
+        one_hot = F.one_hot(policy_actions, game.num_actions)
+        inputs = torch.cat([views[0], one_hot, F.layer_norm(views[1], views[1].shape[-1:])], dim=-1)
+        views[2].copy_(respond(inputs, policy_actions, step))  # writes into actions
+        steps.append((inputs, policy_actions, views[2]))
+        return actions
+
+    rewards = rollout(env, act, observations)[2].unflatten(0, (copies, num_envs))  # (A + 1, M, T, A)
+    differences = own((rewards - rewards[-1]).transpose(2, 3)).transpose(1, 2)
+    return *(torch.stack(x, dim=1) for x in zip(*steps, strict=True)), differences
+
+
+def with_margin(q_values: torch.Tensor, policy_actions: torch.Tensor, margin: float) -> torch.Tensor:
+    """The greedy actions where they are better than the policy's by more than the margin, elsewhere the policy's."""
+    best, greedy = q_values.max(dim=-1)
+    policy_values = q_values.gather(-1, policy_actions[..., None]).squeeze(-1)
+    return torch.where(best - policy_values > margin, greedy, policy_actions)
+
+
+def double_dqn_targets(rewards, q_values, target_q_values, actions, policy_actions) -> torch.Tensor:
+    """Q(lambda) with off-policy corrections (Harutyunyan et al., 2016), every agent by itself, (B, T, A): G_t = r_t + gamma *
+    (V_{t+1} + lambda * (G_{t+1} - Q_{t+1}(a_{t+1}))), and the reward alone in the last step, after which the game ends. Double
+    Q-learning: the online network chooses the action of V (with MARGIN), the target network values it."""
+    chosen = with_margin(q_values, policy_actions, MARGIN)
+    values, baselines = (target_q_values.gather(-1, a[..., None]).squeeze(-1) for a in (chosen, actions))  # (B, T, A)
+    targets = [rewards[:, -1]]
+    for t in reversed(range(rewards.shape[1] - 1)):
+        targets.append(rewards[:, t] + GAMMA * (values[:, t + 1] + TD_LAMBDA * (targets[-1] - baselines[:, t + 1])))
+    return torch.stack(targets[::-1], dim=1)
+
+
+def greedy_response(q_network, margin: float) -> Callable:
+    """The best response of a Q-network, for play_pairs."""
+    return lambda inputs, policy_actions, step: with_margin(q_network(inputs[:, None], step)[0][:, 0], policy_actions, margin)
+
+
+def measure_gains(
+    game: Game, network, respond: Callable, num_episodes: int, seed: int, device, sample: bool, title=""
+) -> torch.Tensor:
+    """What each agent gains in each of so many episodes when it alone plays respond, (num_episodes, A)."""
+    generator, gains = torch.Generator(device).manual_seed(seed), []
+    starts = range(0, num_episodes, EPISODES_AT_ONCE)
+    for start in tqdm(starts, desc=title, unit="batch", mininterval=1, disable=not title):
+        size = min(EPISODES_AT_ONCE, num_episodes - start)
+        gains.append(play_pairs(game, network, respond, size, generator, device, sample, torch.float64)[-1].sum(dim=1))
+    return torch.cat(gains)
+
+
+def train_best_responses(game: Game, network, args: Args, device) -> tuple[Callable, list[dict]]:
+    """Double DQN with replay, for all agents at once -> the best responses chosen, for play_pairs, and a report on each.
+
+    Learned is not the return but the gain: rewards are differences to the episode from the same start that everybody plays by
+    the policy. What is subtracted does not depend on the agent's actions, so the best response is the same, and where nobody
+    deviates all values are zero instead of the noise of whole returns."""
+    generator, A = torch.Generator(device).manual_seed(args.seed + 2 * 10**6), game.num_agents
+    inputs_dim = game.observation_dim + 2 * game.num_actions
+    online = AgentNetwork(inputs_dim, A, game.num_actions, game.horizon, num_words=game.num_words).to(device)
+    for parameter in online.head.parameters():  # all values zero: with a margin this is the policy itself
+        nn.init.zeros_(parameter)
+    target = copy.deepcopy(online).requires_grad_(False)
+    optimizer = torch.optim.Adam(online.parameters(), lr=LEARNING_RATE)
+
+    def explore(inputs, policy_actions, step):
+        def draw(high):
+            return torch.randint(high, policy_actions.shape, generator=generator, device=device)
+
+        actions = greedy_response(online, MARGIN)(inputs, policy_actions, step)
+        random_actions = draw(game.num_actions)
+        if game.num_words:  # another move, another word, both or none
+            moves, words = torch.where(draw(2) > 0, random_actions % 5, actions % 5), random_actions // 5
+            random_actions = moves + 5 * torch.where(draw(2) > 0, words, actions // 5)
+        deviates = torch.rand(actions.shape, generator=generator, device=device) < EPSILON
+        return torch.where(deviates, random_actions, actions)
+
+    buffer, scale, candidates = None, None, [(0, math.inf, online)]
+    choice_gains = [torch.zeros(A, device=device)]  # of the policy itself
+    num_rollouts = -(-args.num_updates // UPDATES_PER_ROLLOUT)
+    checkpoints = {num_rollouts * (i + 1) // NUM_CHECKPOINTS for i in range(NUM_CHECKPOINTS)}
+    progress = tqdm(range(1, num_rollouts + 1), desc=f"best responses on {game.name}", unit="rollout", mininterval=1)
+    for i in progress:
+        episodes = play_pairs(game, network, explore, NUM_ENVS, generator, device, args.sample)
+        if buffer is None:
+            gains = episodes[3].sum(dim=1)
+            scale = torch.where(gains.std() > 0, gains.std(), 1.0)
+            buffer = [x.new_zeros(BUFFER_SIZE, *x.shape[1:]) for x in episodes]
+        slots = torch.arange((i - 1) * NUM_ENVS, i * NUM_ENVS, device=device) % BUFFER_SIZE
+        for stored, new in zip(buffer, episodes, strict=True):
+            stored[slots] = new
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1, 2 * (1 - (i - 1) / num_rollouts))
+        for _ in range(UPDATES_PER_ROLLOUT):
+            batch = torch.randint(min(i * NUM_ENVS, BUFFER_SIZE), (BATCH_SIZE,), generator=generator, device=device)
+            inputs, policy_actions, actions, rewards = (x[batch] for x in buffer)
+            with mixed_precision(True, device):
+                q_values, target_q_values = online(inputs)[0], target(inputs)[0]
+            with torch.no_grad():
+                targets = double_dqn_targets(rewards / scale, q_values, target_q_values, actions, policy_actions)
+            loss = F.mse_loss(q_values.gather(-1, actions[..., None]).squeeze(-1), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(online.parameters(), 10.0)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 0.01)
+        if i in checkpoints:
+            frozen = copy.deepcopy(online).requires_grad_(False)
+            for margin in CANDIDATE_MARGINS:
+                respond, seed = greedy_response(frozen, margin), args.seed + 10**6
+                gains = measure_gains(game, network, respond, CHOICE_EPISODES, seed, device, args.sample)
+                candidates.append((i * UPDATES_PER_ROLLOUT, margin, frozen))
+                choice_gains.append(gains.mean(dim=0))
+
+    best = torch.stack(choice_gains).argmax(dim=0).tolist()
+    chosen = [candidates[index] for index in best]
+
+    def respond(inputs, policy_actions, step):
+        actions = policy_actions.clone()
+        for agent, (_, margin, q_network) in enumerate(chosen):
+            actions[:, agent] = greedy_response(q_network, margin)(inputs, policy_actions, step)[:, agent]
+        return actions
+
+    reports = []
+    for agent, index in enumerate(best):
+        updates, margin, _ = candidates[index]
+        margin = (margin * scale).item() if updates else None  # in units of reward
+        reports.append(dict(updates=updates, margin=margin, choice_gain=choice_gains[index][agent].item()))
+    return respond, reports
+
+
+def mean_and_interval(gains: torch.Tensor) -> tuple[float, list[float] | None]:
+    """The mean over episodes and its 95 % confidence interval (normal approximation); none from a single episode."""
+    mean, count = gains.mean().item(), len(gains)
+    margin = 1.96 * gains.std().item() / count**0.5 if count > 1 else None
+    return mean, None if margin is None else [mean - margin, mean + margin]
+
+
+def with_interval(mean: float, interval: list[float] | None) -> str:
+    return f"{mean:.3f}" + (f" +- {interval[1] - mean:.3f}" if interval else "")
+
+
+def nash_gap(game: Game, network, args: Args, device) -> dict:
+    """The part of the report that --nash-gap adds."""
+    respond, best_responses = train_best_responses(game, network, args, device)
+    options = dict(sample=args.sample, title=f"gains on {game.name}")
+    gains = measure_gains(game, network, respond, args.num_episodes, args.seed, device, **options)  # (N, A)
+    gap, gap_interval = mean_and_interval(gains.sum(dim=1))
+    agent_gains, agent_gain_intervals = zip(*map(mean_and_interval, gains.T), strict=True)
+    report = {"charts/nash_gap": gap, "nash_gap_interval": gap_interval}
+    report |= dict(agent_gains=list(agent_gains), agent_gain_intervals=list(agent_gain_intervals))
+    return report | dict(best_responses=best_responses, num_updates=args.num_updates)
+
+
 def main(args: Args) -> dict:
     device = set_up(args)
+    if args.nash_gap and args.backend == "mpe2":
+        raise UserError("--nash-gap --backend mpe2: best responses learn in the batched environment; leave --backend out")
     network, env = None, game_name(args)
     if args.policy_path != "random":
         checkpoint = load_checkpoint(args.policy_path, ("vdn", "bc", "pathwise"))
@@ -962,6 +1202,12 @@ def main(args: Args) -> dict:
         score = report["charts/score"]
         print(f"  charts/score       {score:.1f} (random policy 0, best expert of the paper's authors 100; tag: ours)")
     print(f"  agent_returns      {'  '.join(f'{value:.2f}' for value in report['agent_returns'])}")
+    if args.nash_gap:
+        report |= nash_gap(game, network, args, device)
+        gap = with_interval(report["charts/nash_gap"], report["nash_gap_interval"])
+        print(f"  charts/nash_gap    {gap} (sum of agent_gains: what each gains by the best response found; 95 % interval)")
+        gains = zip(report["agent_gains"], report["agent_gain_intervals"], strict=True)
+        print(f"  agent_gains        {'  '.join(with_interval(*gain) for gain in gains)}")
     if args.json_path:
         save_file(args.json_path, lambda file: file.write(json.dumps(report, indent=1).encode()))
     return report

@@ -1,0 +1,53 @@
+"""The results of benchmark/nash_gap.sh. Run from the repository root.
+
+python benchmark/nash_gap_table.py                 a Markdown table of benchmark/results/nash_gap/*.json
+python benchmark/nash_gap_table.py REPORT RESULT   one of these files, from a report of evaluate.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+GAMES = ("spread", "reference", "tag")
+MIXTURES = ("diversified", "mix-unilateral", "mix-expert", "pure-expert")
+ROWS = {"expert": "expert", "rookie": "rookie"}  # ends of file names: what the table calls them
+ROWS |= {f"{mixture}-bc": f"BC, greedy, {mixture}" for mixture in MIXTURES}
+ROWS |= {f"{mixture}-vdn": f"VDN-RLHF, {mixture}" for mixture in MIXTURES}
+
+
+def summarize(report_path: str, result_path: str) -> None:
+    report = json.loads(Path(report_path).read_text())
+    del report["episode_returns"]
+    Path(result_path).write_text(json.dumps(report) + "\n")
+
+
+def with_interval(mean: float, interval: list[float]) -> str:
+    return f"{mean:.2f} ± {interval[1] - mean:.2f}"
+
+
+def main() -> None:
+    print("# Nash gaps: what `bash benchmark/nash_gap.sh` measured\n")
+    print(
+        "On CPU. What each agent gains per episode (undiscounted return of 25 steps, its own reward) by the best response found"
+    )
+    print("to the others, who play the policy greedily, and the sum over agents, a lower bound of the Nash gap: mean and 95 %")
+    print(
+        "interval over 4,096 fresh episodes (`evaluate.py --nash-gap --seed 12345`). An agent for which nothing better than the"
+    )
+    print("policy itself was found gains exactly 0. Policies of benchmark/scores.sh, training seed 4, dataset seed 2.\n")
+    print("| game | policy | return | gap, at least | of each agent |\n|---|---|---|---|---|")
+    for game in GAMES:
+        for row, title in ROWS.items():
+            path = Path(f"benchmark/results/nash_gap/{game}-{row}.json")
+            cells = [""] * 3
+            if path.exists():
+                report = json.loads(path.read_text())
+                gains = zip(report["agent_gains"], report["agent_gain_intervals"], strict=True)
+                cells = [f"{report['charts/test_return']:.2f}"]
+                cells.append(with_interval(report["charts/nash_gap"], report["nash_gap_interval"]))
+                cells.append(", ".join(with_interval(*gain) for gain in gains))
+            print(f"| {game} | {title} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    summarize(*sys.argv[1:]) if len(sys.argv) > 1 else main()

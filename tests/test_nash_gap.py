@@ -1,0 +1,218 @@
+"""evaluate.py --nash-gap: games whose gap is known, the pairs of episodes, the targets."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+
+import evaluate
+from evaluate import AgentNetwork, Args, Game, ParticleEnv, make_actor, make_game, measure_gains, play_pairs, rollout
+
+LEFT, RIGHT = 1, 2
+STRENGTHS = (1.0, 0.4)  # how much faster than by 0.5 an agent gets per step
+CPU = torch.device("cpu")
+
+
+def observe(env):
+    """Own velocity along x, whether the landmark is to the left or right of the middle, and how far."""
+    landmark = env.landmarks[:, 0].expand(2, -1)  # (A, N)
+    return torch.stack([env.velocities[:, 0], landmark.sign(), landmark.abs()], dim=1)
+
+
+def reward(env):
+    """Own speed along x in the direction of the landmark, the more the further out it is, and all of the other's."""
+    speeds = env.velocities[:, 0] * env.landmarks[:, 0]
+    return speeds + speeds.flip(0)
+
+
+GAME = Game(
+    **dict(name="speed", num_agents=2, num_landmarks=1, num_actions=5, observation_dim=3, observe=observe, reward=reward),
+    **dict(body_sizes=(-float("inf"),) * 2, accelerations=tuple(5 * s for s in STRENGTHS), max_speeds=(float("inf"),) * 2),
+    **dict(horizon=6),
+)
+# Pushed towards the landmark from rest, the speed after t steps is 2 * (1 - 0.75^t) times the strength, and the landmark is at
+# a distance of 1/2 on average. The other's part of the reward is the same with and without the deviation.
+GAPS = [s * 0.5 * sum(2 * (1 - 0.75**t) for t in range(1, 7)) for s in STRENGTHS]
+
+
+class Scripted(torch.nn.Module):
+    """A policy from a function of observations (..., D) to actions (...)."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.choose = choose
+
+    def forward(self, observations, first_step=0, memory=None):
+        return torch.nn.functional.one_hot(self.choose(observations), 5).float(), None
+
+
+def stand(observations):
+    return torch.zeros(observations.shape[:-1], dtype=torch.long)
+
+
+def push(observations):
+    return torch.where(observations[..., 1] > 0, RIGHT, LEFT)
+
+
+@pytest.fixture
+def small_budget(monkeypatch):
+    for name, value in dict(NUM_ENVS=64, CHOICE_EPISODES=256, NUM_CHECKPOINTS=2).items():
+        monkeypatch.setattr(evaluate, name, value)
+
+
+def find_gap(policy, **options):
+    torch.manual_seed(0)
+    options = dict(num_updates=240, num_episodes=1024) | options
+    return evaluate.nash_gap(GAME, policy, Args("scripted", device="cpu", **options), CPU)
+
+
+def test_known_gap(small_budget):
+    report = find_gap(Scripted(stand))
+    for gain, interval, gap in zip(report["agent_gains"], report["agent_gain_intervals"], GAPS, strict=True):
+        assert interval[0] < gap < interval[1] and 0.02 * gap < interval[1] - interval[0] < 0.2 * gap
+        assert sum(interval) / 2 == pytest.approx(gain)
+    assert report["charts/nash_gap"] == pytest.approx(sum(report["agent_gains"]))
+    # Both gains of an episode grow with the same distance, so that the deviation of their sum is the sum of theirs.
+    low, high = report["nash_gap_interval"]
+    assert low < sum(GAPS) < high and high - low == pytest.approx(
+        sum(b - a for a, b in report["agent_gain_intervals"]), rel=0.05
+    )
+    assert all(best["updates"] > 0 and best["choice_gain"] > 0 for best in report["best_responses"])
+
+
+def test_gap_of_the_random_policy(small_budget):
+    """Random pushes to both sides cancel out, so that the gap is that of standing still."""
+    report = find_gap(None)
+    for gain, interval, gap in zip(report["agent_gains"], report["agent_gain_intervals"], GAPS, strict=True):
+        assert interval[0] < gap and gain == pytest.approx(gap, rel=0.15)
+
+
+def test_equilibrium(small_budget):
+    report = find_gap(Scripted(push), num_updates=80)
+    for low, high in (report["nash_gap_interval"], *report["agent_gain_intervals"]):
+        assert low <= 0 <= high and high - low < 0.05
+
+
+def test_gains_are_not_clipped():
+    gains = measure_gains(GAME, Scripted(push), lambda inputs, actions, step: torch.zeros_like(actions), 4000, 0, CPU, False)
+    assert gains.shape == (4000, 2) and (gains < 0).all()
+    torch.testing.assert_close(gains.mean(dim=0), -torch.tensor(GAPS, dtype=torch.float64), rtol=0.05, atol=0)
+    torch.testing.assert_close(gains[:, 1], 0.4 * gains[:, 0])
+
+
+def test_pairs_are_the_episodes_that_make_actor_plays():
+    """Against a recurrent policy: the deviation of each agent alone, its gain, and what the best response sees."""
+    torch.manual_seed(0)
+    game, M = make_game("reference"), 5
+    network = AgentNetwork(21, 2, 50, 25, network="gru", hidden_dim=16, num_words=10).requires_grad_(False)
+
+    def respond(inputs, policy_actions, step):
+        return torch.where(torch.arange(M)[:, None] % 2 == 0, 13, policy_actions) if step % 3 == 1 else policy_actions
+
+    pairs = play_pairs(game, network, respond, M, torch.Generator().manual_seed(3), CPU, False, torch.float64)
+    inputs, policy_actions, actions, gains = pairs
+    returns = []
+    for agent in (None, 0, 1):
+        act_policy = make_actor(network, 50, None)
+
+        def act(observations, step, agent=agent, act_policy=act_policy):
+            joint = act_policy(observations, step)
+            if agent is not None:
+                assert torch.equal(inputs[:, step, agent, :21], observations[:, agent])
+                assert torch.equal(policy_actions[:, step, agent], joint[:, agent])
+                joint[:, agent] = respond(None, joint, step)[:, agent]
+                assert torch.equal(actions[:, step, agent], joint[:, agent])
+            return joint
+
+        env = ParticleEnv(game, M, dtype=torch.float64)
+        returns.append(rollout(env, act, env.reset(torch.Generator().manual_seed(3)))[2])
+    for agent in (0, 1):
+        torch.testing.assert_close(gains[..., agent], (returns[1 + agent] - returns[0])[..., agent])
+        assert (gains[::2, :, agent].abs().amax(dim=1) > 1e-3).all() and (gains[1::2, :, agent] == 0).all()
+    assert torch.equal(inputs[..., 21:71].argmax(dim=-1), policy_actions) and torch.equal(
+        inputs[..., 71:].argmax(dim=-1), policy_actions
+    )
+
+
+@pytest.mark.parametrize("policy", ["random", "sampled"])
+def test_copies_have_the_same_draws(policy):
+    """Of the policy and of the prey: who deviates by nothing gains nothing, and until the first deviation nothing changes."""
+    torch.manual_seed(0)
+    game = make_game("tag")
+    network = None if policy == "random" else AgentNetwork(16, 3, 5, 25, hidden_dim=16).requires_grad_(False)
+
+    def gains(respond):
+        return play_pairs(game, network, respond, 1000, torch.Generator().manual_seed(0), CPU, True, torch.float64)[-1]
+
+    assert (gains(lambda inputs, actions, step: actions) == 0).all()
+    changed = gains(lambda inputs, actions, step: torch.where(torch.tensor(step) < 10, actions, 0))
+    assert (changed[:, :11] == 0).all() and (changed[:, 11:] != 0).any(dim=(0, 1)).all()
+
+
+def test_sampling_follows_the_softmax_and_is_equal_in_all_copies():
+    class Fixed(torch.nn.Module):
+        def forward(self, observations, first_step=0, memory=None):
+            return torch.tensor([0.0, 1.0, 2.0]).expand(*observations.shape[:3], 3), None
+
+    act = evaluate.paired_actor(Fixed(), 3, 2, torch.Generator().manual_seed(0), sample=True)
+    first, second = act(torch.zeros(80_000, 2, 4), 0)[0].chunk(2)
+    assert torch.equal(first, second)
+    share = torch.bincount(first.flatten(), minlength=3) / first.numel()
+    torch.testing.assert_close(share, torch.tensor([0.0, 1.0, 2.0]).softmax(0), atol=0.01, rtol=0)
+
+
+def test_targets_equal_a_slow_loop(monkeypatch):
+    """G_t = r_t + gamma V_{t+1} + sum over k > t of (gamma lambda)^(k - t) * (r_k + gamma V_{k+1} - Q_k(a_k)), V_T = 0."""
+    generator = torch.Generator().manual_seed(0)
+    B, T, A, gamma, td_lambda, margin = 3, 5, 2, 0.9, 0.7, 0.5
+    for name, value in dict(GAMMA=gamma, TD_LAMBDA=td_lambda, MARGIN=margin).items():
+        monkeypatch.setattr(evaluate, name, value)
+    rewards = torch.randn(B, T, A, generator=generator)
+    q_values, target_q_values = torch.randn(2, B, T, A, 4, generator=generator)
+    actions, policy_actions = torch.randint(4, (2, B, T, A), generator=generator)
+    targets = evaluate.double_dqn_targets(rewards, q_values, target_q_values, actions, policy_actions)
+    kept = 0
+    for b in range(B):
+        for i in range(A):
+            values = [0.0] * (T + 1)
+            for t in range(T):
+                q, own_action = q_values[b, t, i].tolist(), policy_actions[b, t, i].item()
+                best = max(range(4), key=q.__getitem__)
+                keep = q[best] - q[own_action] <= margin
+                kept += keep and best != own_action
+                values[t] = target_q_values[b, t, i, own_action if keep else best].item()
+            for t in range(T):
+                expected = rewards[b, t, i].item() + gamma * values[t + 1]
+                for k in range(t + 1, T):
+                    error = rewards[b, k, i] + gamma * values[k + 1] - target_q_values[b, k, i, actions[b, k, i]]
+                    expected += (gamma * td_lambda) ** (k - t) * error.item()
+                assert targets[b, t, i].item() == pytest.approx(expected, abs=1e-5)
+    assert kept > 0  # the margin has mattered
+
+
+@pytest.mark.parametrize("env", ["spread", "tag", "reference"])
+def test_report(env, monkeypatch, tmp_path, capsys):
+    for name, value in dict(NUM_ENVS=32, CHOICE_EPISODES=128, NUM_CHECKPOINTS=1, CANDIDATE_MARGINS=(0.0, 0.1)).items():
+        monkeypatch.setattr(evaluate, name, value)
+    rookie, path = str(ROOT / "policies" / env / "rookie.pt"), tmp_path / "report.json"
+    args = Args(rookie, nash_gap=True, num_updates=16, num_episodes=130, json_path=str(path), device="cpu")
+    report = evaluate.main(args)
+    assert json.loads(path.read_text()) == report == evaluate.main(args)
+    assert len(report["agent_gains"]) == len(report["best_responses"]) == make_game(env).num_agents
+    assert report["charts/nash_gap"] == pytest.approx(sum(report["agent_gains"]))
+    assert f"charts/nash_gap    {report['charts/nash_gap']:.3f} +- " in capsys.readouterr().out
+    plain = evaluate.main(Args(rookie, num_episodes=130, device="cpu"))
+    assert plain["episode_returns"] == report["episode_returns"] and "charts/nash_gap" not in plain
+
+
+def test_a_single_episode_has_no_interval(small_budget, capsys):
+    args = Args("random", env="spread", num_agents=2, nash_gap=True, num_updates=1, num_episodes=1, device="cpu")
+    report = evaluate.main(args)
+    assert report["nash_gap_interval"] is None and report["agent_gain_intervals"] == [None, None]
+    assert f"charts/nash_gap    {report['charts/nash_gap']:.3f} (" in capsys.readouterr().out
+
+
+def test_it_needs_the_batched_environment():
+    with pytest.raises(evaluate.UserError, match=r"--nash-gap --backend mpe2: best responses learn in the batched"):
+        evaluate.main(Args("random", env="spread", nash_gap=True, backend="mpe2", device="cpu"))
