@@ -70,7 +70,9 @@ def find_gap(policy, **options):
 def test_known_gap(small_budget):
     report = find_gap(Scripted(stand))
     for gain, interval, gap in zip(report["agent_gains"], report["agent_gain_intervals"], GAPS, strict=True):
-        assert interval[0] < gap < interval[1] and 0.02 * gap < interval[1] - interval[0] < 0.2 * gap
+        # A gain is twice the gap times a uniformly random distance, whose standard deviation is 1 / sqrt(12).
+        width = 2 * 1.96 * 2 * gap / 12**0.5 / 1024**0.5
+        assert interval[0] < gap < interval[1] and interval[1] - interval[0] == pytest.approx(width, rel=0.05)
         assert sum(interval) / 2 == pytest.approx(gain)
     assert report["charts/nash_gap"] == pytest.approx(sum(report["agent_gains"]))
     # Both gains of an episode grow with the same distance, so that the deviation of their sum is the sum of theirs.
@@ -92,6 +94,21 @@ def test_equilibrium(small_budget):
     report = find_gap(Scripted(push), num_updates=80)
     for low, high in (report["nash_gap_interval"], *report["agent_gain_intervals"]):
         assert low <= 0 <= high and high - low < 0.05
+
+
+def test_every_agent_has_its_own_best_response(small_budget, monkeypatch):
+    """Two candidates, of which the first is said to be best for agent 0 and the second, which never deviates, for agent 1."""
+    gains = iter(([2.0, 1.0], [1.0, 3.0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "NUM_CHECKPOINTS", 1)
+        patch.setattr(evaluate, "CANDIDATE_MARGINS", (0.0, 1e6))
+        patch.setattr(evaluate, "measure_gains", lambda *args: torch.tensor([next(gains)]))
+        args = Args("scripted", num_updates=80, device="cpu")
+        respond, reports = evaluate.train_best_responses(GAME, Scripted(stand), args, CPU)
+    assert [report["choice_gain"] for report in reports] == [2, 3] and [report["updates"] for report in reports] == [80, 80]
+    assert reports[0]["margin"] == 0 and reports[1]["margin"] > 1e5
+    measured = measure_gains(GAME, Scripted(stand), respond, 256, 0, CPU, False)
+    assert measured[:, 0].mean() > 0.9 * GAPS[0] and (measured[:, 1] == 0).all()
 
 
 def test_gains_are_not_clipped():
