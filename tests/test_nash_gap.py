@@ -97,12 +97,14 @@ def test_equilibrium(small_budget):
 
 
 def test_every_agent_has_its_own_best_response(small_budget, monkeypatch):
-    """Two candidates, of which the first is said to be best for agent 0 and the second, which never deviates, for agent 1."""
-    gains = iter(([2.0, 1.0], [1.0, 3.0]))
+    """Two candidates. The first is said to be the better one for agent 0, because the second is so only in one of two episodes,
+    and the second, which never deviates, for agent 1."""
+    gains = iter(([[2.0, 1.0], [2.0, 1.0]], [[0.0, 3.0], [6.0, 3.0]]))
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "NUM_CHECKPOINTS", 1)
         patch.setattr(evaluate, "CANDIDATE_MARGINS", (0.0, 1e6))
-        patch.setattr(evaluate, "measure_gains", lambda *args: torch.tensor([next(gains)]))
+        patch.setattr(evaluate, "measure_gains", lambda *args: torch.tensor(next(gains), dtype=torch.float64))
+        patch.setattr(evaluate, "CHOICE_EPISODES", 2)
         args = Args("scripted", num_updates=80, device="cpu")
         respond, reports = evaluate.train_best_responses(GAME, Scripted(stand), args, CPU)
     assert [report["choice_gain"] for report in reports] == [2, 3] and [report["updates"] for report in reports] == [80, 80]
