@@ -161,12 +161,14 @@ def test_copies_have_the_same_draws(policy):
     game = make_game("tag")
     network = None if policy == "random" else AgentNetwork(16, 3, 5, 25, hidden_dim=16).requires_grad_(False)
 
-    def gains(respond):
-        return play_pairs(game, network, respond, 1000, torch.Generator().manual_seed(0), CPU, True, torch.float64)[-1]
+    def play(respond):
+        generator = torch.Generator().manual_seed(0)
+        return play_pairs(game, network, respond, 1000, generator, CPU, policy == "sampled", torch.float64)
 
-    assert (gains(lambda inputs, actions, step: actions) == 0).all()
-    changed = gains(lambda inputs, actions, step: torch.where(torch.tensor(step) < 10, actions, 0))
-    assert (changed[:, :11] == 0).all() and (changed[:, 11:] != 0).any(dim=(0, 1)).all()
+    _, actions, _, gains = play(lambda inputs, actions, step: actions)
+    assert (gains == 0).all() and len(actions.unique()) == 5
+    gains = play(lambda inputs, actions, step: torch.where(torch.tensor(step) < 10, actions, 0))[-1]
+    assert (gains[:, :11] == 0).all() and (gains[:, 11:] != 0).any(dim=(0, 1)).all()
 
 
 def test_sampling_follows_the_softmax_and_is_equal_in_all_copies():
@@ -179,6 +181,14 @@ def test_sampling_follows_the_softmax_and_is_equal_in_all_copies():
     assert torch.equal(first, second)
     share = torch.bincount(first.flatten(), minlength=3) / first.numel()
     torch.testing.assert_close(share, torch.tensor([0.0, 1.0, 2.0]).softmax(0), atol=0.01, rtol=0)
+
+
+def test_best_responses_know_the_step():
+    def q_network(inputs, step):
+        return torch.nn.functional.one_hot(torch.full(inputs.shape[:3], step), 5).float(), None
+
+    respond = evaluate.greedy_response(q_network, 0.5)
+    assert (respond(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), 4) == 4).all()
 
 
 def test_targets_equal_a_slow_loop(monkeypatch):
@@ -220,7 +230,8 @@ def test_report(env, monkeypatch, tmp_path, capsys):
     assert json.loads(path.read_text()) == report == evaluate.main(args)
     assert len(report["agent_gains"]) == len(report["best_responses"]) == make_game(env).num_agents
     assert report["charts/nash_gap"] == pytest.approx(sum(report["agent_gains"]))
-    assert f"charts/nash_gap    {report['charts/nash_gap']:.3f} +- " in capsys.readouterr().out
+    gap, high = report["charts/nash_gap"], report["nash_gap_interval"][1]
+    assert f"charts/nash_gap    {gap:.3f} +- {high - gap:.3f} (" in capsys.readouterr().out
     plain = evaluate.main(Args(rookie, num_episodes=130, device="cpu"))
     assert plain["episode_returns"] == report["episode_returns"] and "charts/nash_gap" not in plain
 
