@@ -183,6 +183,10 @@ def test_sampling_follows_the_softmax_and_is_equal_in_all_copies():
     torch.testing.assert_close(share, torch.tensor([0.0, 1.0, 2.0]).softmax(0), atol=0.01, rtol=0)
 
 
+def test_intervals_in_print():
+    assert evaluate.with_interval(1.5, [1.25, 1.75]) == "1.500 +- 0.250" and evaluate.with_interval(1.5, None) == "1.500"
+
+
 def test_best_responses_know_the_step():
     def q_network(inputs, step):
         return torch.nn.functional.one_hot(torch.full(inputs.shape[:3], step), 5).float(), None
