@@ -13,10 +13,11 @@ Reported (text on stdout, JSON with --json-path):
 With --nash-gap also how far the policy is from a Nash equilibrium. Nash-Gap(pi) (section 3) is the sum over agents of what
 agent i gains if it alone plays a best response to the others. For each agent one is trained in the batched environment, on
 the agent's own reward and with its own observation. Candidates are checkpoints along the training, each deviating from the
-policy only where that promises more than one of several margins, and the policy itself. The best one is chosen on one set of
-episodes and measured on another, with and without the deviation on every start state. A gain that turns out negative there
-stays negative; the policy itself, chosen where nothing else did better, gains exactly 0. Up to their intervals all of these
-are lower bounds, because a search can miss the best response:
+policy only where that promises more than one of several margins, and the policy itself. On one set of episodes the one is
+chosen whose gain has the highest lower end of its 95 % interval (otherwise the luckiest of many would be), on another it is
+measured, with and without the deviation on every start state. A gain that turns out negative there stays negative; the policy
+itself, chosen where no candidate is surely better, gains exactly 0. Up to their intervals all of these are lower bounds,
+because a search can miss the best response:
     charts/nash_gap       the sum of agent_gains
     nash_gap_interval     its 95 % confidence interval over episodes
     agent_gains           mean gain of each agent, undiscounted, of one episode
@@ -1088,7 +1089,7 @@ def train_best_responses(game: Game, network, args: Args, device) -> tuple[Calla
         return torch.where(deviates, random_actions, actions)
 
     buffer, scale, candidates = None, None, [(0, math.inf, online)]
-    choice_gains = [torch.zeros(A, device=device)]  # of the policy itself
+    choice_gains = [torch.zeros(CHOICE_EPISODES, A, dtype=torch.float64, device=device)]  # of the policy itself
     num_rollouts = -(-args.num_updates // UPDATES_PER_ROLLOUT)
     checkpoints = {num_rollouts * (i + 1) // NUM_CHECKPOINTS for i in range(NUM_CHECKPOINTS)}
     progress = tqdm(range(1, num_rollouts + 1), desc=f"best responses on {game.name}", unit="rollout", mininterval=1)
@@ -1123,9 +1124,11 @@ def train_best_responses(game: Game, network, args: Args, device) -> tuple[Calla
                 respond, seed = greedy_response(frozen, margin), args.seed + 10**6
                 gains = measure_gains(game, network, respond, CHOICE_EPISODES, seed, device, args.sample)
                 candidates.append((i * UPDATES_PER_ROLLOUT, margin, frozen))
-                choice_gains.append(gains.mean(dim=0))
+                choice_gains.append(gains)
 
-    best = torch.stack(choice_gains).argmax(dim=0).tolist()
+    choice_gains = torch.stack(choice_gains)  # (candidates, episodes, A)
+    means, errors = choice_gains.mean(dim=1), choice_gains.std(dim=1) / CHOICE_EPISODES**0.5
+    best = (means - 1.96 * errors).argmax(dim=0).tolist()
     chosen = [candidates[index] for index in best]
 
     def respond(inputs, policy_actions, step):
@@ -1138,7 +1141,7 @@ def train_best_responses(game: Game, network, args: Args, device) -> tuple[Calla
     for agent, index in enumerate(best):
         updates, margin, _ = candidates[index]
         margin = (margin * scale).item() if updates else None  # in units of reward
-        reports.append(dict(updates=updates, margin=margin, choice_gain=choice_gains[index][agent].item()))
+        reports.append(dict(updates=updates, margin=margin, choice_gain=means[index, agent].item()))
     return respond, reports
 
 

@@ -70,7 +70,9 @@ def find_gap(policy, **options):
 def test_known_gap(small_budget):
     report = find_gap(Scripted(stand))
     for gain, interval, gap in zip(report["agent_gains"], report["agent_gain_intervals"], GAPS, strict=True):
-        assert interval[0] < gap < interval[1] and 0.02 * gap < interval[1] - interval[0] < 0.2 * gap
+        # A gain is twice the gap times a uniformly random distance, whose standard deviation is 1 / sqrt(12).
+        width = 2 * 1.96 * 2 * gap / 12**0.5 / 1024**0.5
+        assert interval[0] < gap < interval[1] and interval[1] - interval[0] == pytest.approx(width, rel=0.05)
         assert sum(interval) / 2 == pytest.approx(gain)
     assert report["charts/nash_gap"] == pytest.approx(sum(report["agent_gains"]))
     # Both gains of an episode grow with the same distance, so that the deviation of their sum is the sum of theirs.
@@ -92,6 +94,23 @@ def test_equilibrium(small_budget):
     report = find_gap(Scripted(push), num_updates=80)
     for low, high in (report["nash_gap_interval"], *report["agent_gain_intervals"]):
         assert low <= 0 <= high and high - low < 0.05
+
+
+def test_every_agent_has_its_own_best_response(small_budget, monkeypatch):
+    """Two candidates. The first is said to be the better one for agent 0, because the second is so only in one of two episodes,
+    and the second, which never deviates, for agent 1."""
+    gains = iter(([[2.0, 1.0], [2.0, 1.0]], [[0.0, 3.0], [6.0, 3.0]]))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "NUM_CHECKPOINTS", 1)
+        patch.setattr(evaluate, "CANDIDATE_MARGINS", (0.0, 1e6))
+        patch.setattr(evaluate, "measure_gains", lambda *args: torch.tensor(next(gains), dtype=torch.float64))
+        patch.setattr(evaluate, "CHOICE_EPISODES", 2)
+        args = Args("scripted", num_updates=80, device="cpu")
+        respond, reports = evaluate.train_best_responses(GAME, Scripted(stand), args, CPU)
+    assert [report["choice_gain"] for report in reports] == [2, 3] and [report["updates"] for report in reports] == [80, 80]
+    assert reports[0]["margin"] == 0 and reports[1]["margin"] > 1e5
+    measured = measure_gains(GAME, Scripted(stand), respond, 256, 0, CPU, False)
+    assert measured[:, 0].mean() > 0.9 * GAPS[0] and (measured[:, 1] == 0).all()
 
 
 def test_gains_are_not_clipped():
@@ -142,12 +161,14 @@ def test_copies_have_the_same_draws(policy):
     game = make_game("tag")
     network = None if policy == "random" else AgentNetwork(16, 3, 5, 25, hidden_dim=16).requires_grad_(False)
 
-    def gains(respond):
-        return play_pairs(game, network, respond, 1000, torch.Generator().manual_seed(0), CPU, True, torch.float64)[-1]
+    def play(respond):
+        generator = torch.Generator().manual_seed(0)
+        return play_pairs(game, network, respond, 1000, generator, CPU, policy == "sampled", torch.float64)
 
-    assert (gains(lambda inputs, actions, step: actions) == 0).all()
-    changed = gains(lambda inputs, actions, step: torch.where(torch.tensor(step) < 10, actions, 0))
-    assert (changed[:, :11] == 0).all() and (changed[:, 11:] != 0).any(dim=(0, 1)).all()
+    _, actions, _, gains = play(lambda inputs, actions, step: actions)
+    assert (gains == 0).all() and len(actions.unique()) == 5
+    gains = play(lambda inputs, actions, step: torch.where(torch.tensor(step) < 10, actions, 0))[-1]
+    assert (gains[:, :11] == 0).all() and (gains[:, 11:] != 0).any(dim=(0, 1)).all()
 
 
 def test_sampling_follows_the_softmax_and_is_equal_in_all_copies():
@@ -160,6 +181,18 @@ def test_sampling_follows_the_softmax_and_is_equal_in_all_copies():
     assert torch.equal(first, second)
     share = torch.bincount(first.flatten(), minlength=3) / first.numel()
     torch.testing.assert_close(share, torch.tensor([0.0, 1.0, 2.0]).softmax(0), atol=0.01, rtol=0)
+
+
+def test_intervals_in_print():
+    assert evaluate.with_interval(1.5, [1.25, 1.75]) == "1.500 +- 0.250" and evaluate.with_interval(1.5, None) == "1.500"
+
+
+def test_best_responses_know_the_step():
+    def q_network(inputs, step):
+        return torch.nn.functional.one_hot(torch.full(inputs.shape[:3], step), 5).float(), None
+
+    respond = evaluate.greedy_response(q_network, 0.5)
+    assert (respond(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), 4) == 4).all()
 
 
 def test_targets_equal_a_slow_loop(monkeypatch):
@@ -201,7 +234,8 @@ def test_report(env, monkeypatch, tmp_path, capsys):
     assert json.loads(path.read_text()) == report == evaluate.main(args)
     assert len(report["agent_gains"]) == len(report["best_responses"]) == make_game(env).num_agents
     assert report["charts/nash_gap"] == pytest.approx(sum(report["agent_gains"]))
-    assert f"charts/nash_gap    {report['charts/nash_gap']:.3f} +- " in capsys.readouterr().out
+    gap, high = report["charts/nash_gap"], report["nash_gap_interval"][1]
+    assert f"charts/nash_gap    {gap:.3f} +- {high - gap:.3f} (" in capsys.readouterr().out
     plain = evaluate.main(Args(rookie, num_episodes=130, device="cpu"))
     assert plain["episode_returns"] == report["episode_returns"] and "charts/nash_gap" not in plain
 
