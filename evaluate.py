@@ -201,14 +201,12 @@ def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
 
 # --- shared block: mixed_precision ---
 # Origin: train_reward.py.
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context for training in which the hidden layers multiply in bfloat16, where the device has instructions for that. The
-    last layers, losses and targets stay in float32."""
+def use_bfloat16(wanted: bool, device: torch.device) -> bool:
+    """Whether the hidden layers multiply in bfloat16 in training: where it is wanted and the device has instructions for it.
+    The last layers, losses and targets stay in float32."""
     if device.type == "cuda":
-        capable = torch.cuda.is_bf16_supported()
-    else:
-        capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable, cache_enabled=False)
+        return wanted and torch.cuda.is_bf16_supported()
+    return wanted and bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
 # --- end shared block ---
@@ -1088,6 +1086,7 @@ def train_best_responses(game: Game, network, args: Args, device) -> tuple[Calla
         deviates = torch.rand(actions.shape, generator=generator, device=device) < EPSILON
         return torch.where(deviates, random_actions, actions)
 
+    bf16 = use_bfloat16(True, device)
     buffer, scale, candidates = None, None, [(0, math.inf, online)]
     choice_gains = [torch.zeros(CHOICE_EPISODES, A, dtype=torch.float64, device=device)]  # of the policy itself
     num_rollouts = -(-args.num_updates // UPDATES_PER_ROLLOUT)
@@ -1107,7 +1106,7 @@ def train_best_responses(game: Game, network, args: Args, device) -> tuple[Calla
         for _ in range(UPDATES_PER_ROLLOUT):
             batch = torch.randint(min(i * NUM_ENVS, BUFFER_SIZE), (BATCH_SIZE,), generator=generator, device=device)
             inputs, policy_actions, actions, rewards = (x[batch] for x in buffer)
-            with mixed_precision(True, device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 q_values, target_q_values = online(inputs)[0], target(inputs)[0]
             with torch.no_grad():
                 targets = double_dqn_targets(rewards / scale, q_values, target_q_values, actions, policy_actions)

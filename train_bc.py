@@ -224,14 +224,12 @@ def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
 
 # --- shared block: mixed_precision ---
 # Origin: train_reward.py.
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context for training in which the hidden layers multiply in bfloat16, where the device has instructions for that. The
-    last layers, losses and targets stay in float32."""
+def use_bfloat16(wanted: bool, device: torch.device) -> bool:
+    """Whether the hidden layers multiply in bfloat16 in training: where it is wanted and the device has instructions for it.
+    The last layers, losses and targets stay in float32."""
     if device.type == "cuda":
-        capable = torch.cuda.is_bf16_supported()
-    else:
-        capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable, cache_enabled=False)
+        return wanted and torch.cuda.is_bf16_supported()
+    return wanted and bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
 # --- end shared block ---
@@ -278,7 +276,8 @@ def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
 
 def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
     cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
-    return torch.optim.Adam(stack.parameters(), lr=torch.tensor(learning_rate) if cuda else learning_rate, capturable=cuda)
+    rate = torch.tensor(learning_rate, device=device) if cuda else learning_rate
+    return torch.optim.Adam(stack.parameters(), lr=rate, fused=True, capturable=cuda)
 
 
 def follow_cosine(optimizer: torch.optim.Adam, learning_rate: float, done: float) -> None:
@@ -1116,10 +1115,10 @@ def imitate(runs: list[Args], shape: dict, observations, actions, held_out, trai
     updates_per_epoch = training.shape[1] // batch_size  # each epoch leaves out the rest of its order
     num_updates = args.max_epochs * updates_per_epoch
     stack, policy = stack_networks(AgentNetwork, shape, runs, device), AgentNetwork(**shape).to(device)
-    optimizer = make_optimizer(stack, args.learning_rate, device)
+    optimizer, bf16 = make_optimizer(stack, args.learning_rate, device), use_bfloat16(args.bf16, device)
 
     def compute_losses(batch, sharpness):  # batch (S, B)
-        with mixed_precision(args.bf16, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             return bc_loss(stack, observations[batch][..., :-1, :, :], actions[batch], sharpness)
 
     update = accelerate(compute_losses, lambda losses: take_step(losses, optimizer, 1.0), args, device)

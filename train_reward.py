@@ -228,14 +228,12 @@ def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
 
 # --- shared block: mixed_precision ---
 # Origin: train_reward.py.
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context for training in which the hidden layers multiply in bfloat16, where the device has instructions for that. The
-    last layers, losses and targets stay in float32."""
+def use_bfloat16(wanted: bool, device: torch.device) -> bool:
+    """Whether the hidden layers multiply in bfloat16 in training: where it is wanted and the device has instructions for it.
+    The last layers, losses and targets stay in float32."""
     if device.type == "cuda":
-        capable = torch.cuda.is_bf16_supported()
-    else:
-        capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable, cache_enabled=False)
+        return wanted and torch.cuda.is_bf16_supported()
+    return wanted and bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
 # --- end shared block ---
@@ -282,7 +280,8 @@ def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
 
 def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
     cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
-    return torch.optim.Adam(stack.parameters(), lr=torch.tensor(learning_rate) if cuda else learning_rate, capturable=cuda)
+    rate = torch.tensor(learning_rate, device=device) if cuda else learning_rate
+    return torch.optim.Adam(stack.parameters(), lr=rate, fused=True, capturable=cuda)
 
 
 def follow_cosine(optimizer: torch.optim.Adam, learning_rate: float, done: float) -> None:
@@ -845,11 +844,11 @@ def learn_rewards(runs: list[Args], shape: dict, data: dict, parts: list, genera
     stack, model = stack_networks(RewardNetwork, shape, runs, device), RewardNetwork(**shape).to(device)
     optimizer = make_optimizer(stack, args.learning_rate, device)
     alphas = torch.tensor([run.alpha for run in runs], device=device)
-    run_index = torch.arange(len(runs), device=device)
+    run_index, bf16 = torch.arange(len(runs), device=device), use_bfloat16(args.bf16, device)
 
     def compute_losses(minibatch):  # (S,): the number of each run's minibatch
         trajectories, pairs, labels = (x[run_index, minibatch] for x in training)
-        with mixed_precision(args.bf16, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             rewards = stack(data["observations"][trajectories][..., :-1, :, :], data["actions"][trajectories])
         return reward_loss(rewards, pairs, labels, alphas)[0]
 

@@ -260,14 +260,12 @@ def start_tracking(args, names: list[str]) -> Callable[[int, dict, int], None]:
 
 # --- shared block: mixed_precision ---
 # Origin: train_reward.py.
-def mixed_precision(enabled: bool, device: torch.device):
-    """Context for training in which the hidden layers multiply in bfloat16, where the device has instructions for that. The
-    last layers, losses and targets stay in float32."""
+def use_bfloat16(wanted: bool, device: torch.device) -> bool:
+    """Whether the hidden layers multiply in bfloat16 in training: where it is wanted and the device has instructions for it.
+    The last layers, losses and targets stay in float32."""
     if device.type == "cuda":
-        capable = torch.cuda.is_bf16_supported()
-    else:
-        capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and capable, cache_enabled=False)
+        return wanted and torch.cuda.is_bf16_supported()
+    return wanted and bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
 # --- end shared block ---
@@ -314,7 +312,8 @@ def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
 
 def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
     cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
-    return torch.optim.Adam(stack.parameters(), lr=torch.tensor(learning_rate) if cuda else learning_rate, capturable=cuda)
+    rate = torch.tensor(learning_rate, device=device) if cuda else learning_rate
+    return torch.optim.Adam(stack.parameters(), lr=rate, fused=True, capturable=cuda)
 
 
 def follow_cosine(optimizer: torch.optim.Adam, learning_rate: float, done: float) -> None:
@@ -1290,11 +1289,11 @@ def make_reference_policies(
     shape = shape | {"num_modes": 1}
     stack = stack_networks(AgentNetwork, shape, [runs[s] for s in chosen], device)
     optimizer = make_optimizer(stack, args.imitation_learning_rate, device)
-    run_index = torch.arange(len(chosen), device=device)[:, None]
+    run_index, bf16 = torch.arange(len(chosen), device=device)[:, None], use_bfloat16(args.bf16, device)
 
     def compute_losses(batch):  # (S, B)
         weight = weights[run_index, batch]  # (S, B, A)
-        with mixed_precision(args.bf16, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             logits, _ = stack(observations[batch][..., :-1, :, :])
         nll = -log_prob(logits, actions[batch]).mean(dim=-2)  # (S, B, A)
         return (nll * weight / weight.sum(dim=-1, keepdim=True)).sum(dim=-1).mean(dim=-1)
@@ -1331,23 +1330,24 @@ def learn_policies(
     every run, the one with the best test return (None for a game that cannot be played) and metrics."""
     args, device, actions = runs[0], observations.device, actions.long()
     chunks = tqdm(observations.split(1024), desc="reference policies", unit="chunk", mininterval=1)
-    log_pi_ref = [[pi_ref(chunk[:, :-1])[0].log_softmax(dim=-1) for pi_ref in references] for chunk in chunks]
-    log_pi_ref = torch.stack([torch.cat(parts) for parts in zip(*log_pi_ref, strict=True)])  # (S, N, T, A, num_actions)
-    betas = torch.tensor([run.beta for run in runs], device=device)[:, None, None, None, None]
+    kl = [
+        [kl_rewards(pi_ref(chunk[:, :-1])[0], run.beta, run.kl_clip) for pi_ref, run in zip(references, runs, strict=True)]
+        for chunk in chunks
+    ]
+    kl = torch.stack([torch.cat(parts) for parts in zip(*kl, strict=True)])  # (S, N, T, A, num_actions)
     batches = [torch.randint(len(actions), (args.num_updates, args.batch_size), generator=g) for g in generators]
     batches = torch.stack(batches, dim=1).to(device)  # (updates, S, B)
-    run_index = torch.arange(len(runs), device=device)[:, None]
+    run_index, bf16 = torch.arange(len(runs), device=device)[:, None], use_bfloat16(args.bf16, device)
 
     online, target = (stack_networks(AgentNetwork, shape, runs, device) for _ in range(2))
     target.requires_grad_(False)
     optimizer = make_optimizer(online, args.learning_rate, device)
 
     def compute_losses(batch):  # (S, B)
-        kl = kl_rewards(log_pi_ref[run_index, batch], betas, args.kl_clip)  # (S, B, T, A, num_actions)
-        chosen = actions[batch]
-        team_rewards = rewards[run_index, batch] + kl.gather(-1, chosen[..., None]).sum(dim=(-1, -2))  # Eq. (3)
-        episodes, known = (observations[batch], chosen, team_rewards), kl if args.known_kl else 0.0
-        with mixed_precision(args.bf16, device):
+        kl_terms, chosen = kl[run_index, batch], actions[batch]  # (S, B, T, A, num_actions), (S, B, T, A)
+        team_rewards = rewards[run_index, batch] + kl_terms.gather(-1, chosen[..., None]).sum(dim=(-1, -2))  # Eq. (3)
+        episodes, known = (observations[batch], chosen, team_rewards), kl_terms if args.known_kl else 0.0
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             return vdn_loss(online, target, *episodes, args.gamma, args.td_lambda, args.off_policy, known)
 
     def step(losses):

@@ -240,9 +240,7 @@ def test_bfloat16_stays_out_of_outputs_and_targets():
             losses.append(vdn_loss(network, other, observations, actions, rewards, 0.9, 0.8))
             assert network(observations)[0].dtype == targets.dtype == losses[-1].dtype == torch.float32
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.01) and losses[0].item() != losses[1].item()
-    for device in ("cpu", "cuda"):
-        with vdn_rlhf.mixed_precision(device == "cuda", torch.device(device)):
-            assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+    assert not any(vdn_rlhf.use_bfloat16(False, torch.device(device)) for device in ("cpu", "cuda"))
 
 
 def test_updates_follow_the_schedule_and_the_target_follows_the_online_network(spread_models, tmp_path, monkeypatch):
