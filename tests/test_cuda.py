@@ -46,3 +46,24 @@ def test_physics_equal_the_cpu(game):
         (a, reward_a), (b, reward_b) = cpu.step(actions), cuda.step(actions.cuda())
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-9)
         torch.testing.assert_close(reward_a, reward_b.cpu(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_captured_updates_equal_eager_ones(compile, spread_data, tmp_path, capsys):
+    """The whole of vdn_rlhf.py for two seeds, eager and not; in float32, so that only rounding differs."""
+    common = dict(data_path=str(spread_data), num_seeds=2, device="cuda", hidden_dim=32, bf16=False)
+    models = dict(max_epochs=1, compile=False, cudagraphs=False)
+    train_reward.main(train_reward.Args(**common, **models))
+    train_bc.main(train_bc.Args(**common, **models))
+    weights = {}
+    for fast in (False, True):
+        args = vdn_rlhf.Args(**common, num_updates=40, imitation_updates=40, compile=compile and fast, cudagraphs=fast)
+        vdn_rlhf.main(args)
+        paths = [spread_data.parent / f"vdn-beta1-alpha1-seed{seed}.pt" for seed in (1, 2)]
+        weights[fast] = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
+        for path in spread_data.parent.glob("vdn*.pt"):
+            path.unlink()
+    assert "warning" not in capsys.readouterr().err
+    for eager, captured in zip(weights[False], weights[True], strict=True):
+        for name, tensor in eager.items():
+            torch.testing.assert_close(captured[name], tensor, rtol=1e-3, atol=1e-3)

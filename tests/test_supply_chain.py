@@ -17,7 +17,7 @@ INSIDE_FUNCTIONS = {"wandb"}  # where a flag asks for it
 EVALUATE = {"mpe2", "pettingzoo", "matplotlib", "PIL", "scipy"}
 TESTS = {"pytest", "hypothesis"}
 DISTRIBUTIONS = {"PIL": "pillow"}  # of packages that are imported by another name than they are installed by
-NOT_IMPORTED = {"ruff", "pygame-ce"}  # the linter; mpe2 imports pygame
+NOT_IMPORTED = {"ruff", "pytest-xdist", "pygame-ce"}  # the linter; runs tests on two cores; mpe2 imports pygame
 FILES = sorted(path.relative_to(ROOT) for folder in (".", "benchmark", "tests") for path in (ROOT / folder).glob("*.py"))
 
 
