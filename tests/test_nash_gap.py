@@ -233,6 +233,33 @@ def test_search_starts_from_an_expert_that_is_better(small_budget):
         assert report["choice_gain"] == pytest.approx(gap, rel=0.1)
 
 
+def test_training_goes_on_from_the_start_policy(monkeypatch):
+    """Of three candidates the second, the expert, is said to be better than the policy for agent 1 alone, the third, which is
+    trained, better for both: agent 0 then deviates from standing still, agent 1 from pushing."""
+    gains, seen, targets = iter(([0.0, 0.0], [-1.0, 1.0], [2.0, 2.0])), [], evaluate.double_dqn_targets
+    for name, value in dict(NUM_ENVS=16, NUM_CHECKPOINTS=1, CANDIDATE_MARGINS=(0.0,), CHOICE_EPISODES=2).items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate, "measure_gains", lambda *args: torch.tensor([next(gains)] * 2))
+    monkeypatch.setattr(evaluate, "double_dqn_targets", lambda *args: (seen.append(args[-1]), targets(*args))[1])
+    args = Args("scripted", num_updates=8, device="cpu")
+    reports = evaluate.train_best_responses(GAME, [Scripted(stand), Scripted(push)], args, CPU)[1]
+    assert [(report["start"], report["updates"]) for report in reports] == [("policy", 8), ("expert", 8)]
+    assert all((base[..., 0] == 0).all() and (base[..., 1] > 0).all() for base in seen) and len(seen) == 8
+
+
+def test_exploration_changes_moves_and_words_apart(monkeypatch):
+    """In a tenth of the steps, each in one half of them, to another one with probability 4/5 and 9/10."""
+    game, episodes, play = make_game("reference"), [], play_pairs
+    monkeypatch.setattr(evaluate, "measure_gains", lambda *args: torch.zeros(2, 2))
+    monkeypatch.setattr(evaluate, "CHOICE_EPISODES", 2)
+    monkeypatch.setattr(evaluate, "play_pairs", lambda *args: episodes.append(play(*args)) or episodes[-1])
+    evaluate.train_best_responses(game, [None], Args("random", num_updates=1, device="cpu"), CPU)
+    _, known_actions, actions, _ = episodes[0]  # 128 x 25 x 2 actions
+    move, word = actions % 5 != known_actions[..., 0] % 5, actions // 5 != known_actions[..., 0] // 5
+    for event, share in ((move, 0.04), (word, 0.045), (move & word, 0.1 * 0.4 * 0.45)):
+        assert event.double().mean().item() == pytest.approx(share, rel=0.25)
+
+
 def test_targets_equal_a_slow_loop(monkeypatch):
     """G_t = r_t + gamma V_{t+1} + sum over k > t of (gamma lambda)^(k - t) * (r_k + gamma V_{k+1} - Q_k(a_k)), V_T = 0."""
     generator = torch.Generator().manual_seed(0)
@@ -272,6 +299,7 @@ def test_report(env, monkeypatch, tmp_path, capsys):
     assert json.loads(path.read_text()) == report == evaluate.main(args)
     assert len(report["agent_gains"]) == len(report["best_responses"]) == make_game(env).num_agents
     assert report["charts/nash_gap"] == pytest.approx(sum(report["agent_gains"]))
+    assert env != "spread" or [best["start"] for best in report["best_responses"]] == ["expert"] * 3  # it gains 5
     gap, high = report["charts/nash_gap"], report["nash_gap_interval"][1]
     assert f"charts/nash_gap    {gap:.3f} +- {high - gap:.3f} (" in capsys.readouterr().out
     plain = evaluate.main(Args(rookie, num_episodes=130, device="cpu"))
