@@ -69,7 +69,7 @@ class Args:
     """sample actions from the softmax of the outputs (for BC policies) instead of playing the best one"""
     nash_gap: bool = False
     """also train a best response of each agent and report what it gains: a lower bound of the Nash gap"""
-    num_updates: int = 3_000
+    num_updates: int = 2_000
     """gradient steps of the best responses of --nash-gap"""
     seed: int = 1
     """fixes start states and sampled actions, the same ones for both backends"""
