@@ -11,19 +11,20 @@ Reported (text on stdout, JSON with --json-path):
     episode_returns     of every episode, mean over its agents
 
 With --nash-gap also how far the policy is from a Nash equilibrium. Nash-Gap(pi) (section 3) is the sum over agents of what
-agent i gains if it alone plays a best response to the others. For each agent one is trained in the batched environment, on
-the agent's own reward and with its own observation. Candidates are checkpoints along the training, each deviating from the
-policy only where that promises more than one of several margins, and the policy itself. On one set of episodes the one is
-chosen whose gain has the highest lower end of its 95 % interval (otherwise the luckiest of many would be), on another it is
-measured, with and without the deviation on every start state. A gain that turns out negative there stays negative; the policy
-itself, chosen where no candidate is surely better, gains exactly 0. Up to their intervals all of these are lower bounds,
-because a search can miss the best response:
+agent i gains if it alone plays a best response to the others. For each agent one is trained by double DQN in the batched
+environment, on the agent's own reward and with its own observation, starting from the better of the policy itself and the
+shipped expert of the game (policies/<game>/expert.pt beside this script, where there is one). Candidates are these two and
+checkpoints along the training, each deviating from its start policy only where that promises more than one of several margins.
+On one set of episodes the one is chosen whose gain has the highest lower end of its 95 % interval (the highest mean would be
+the luckiest of many), on another it is measured, with and without the deviation on every start state. A gain that turns out
+negative there stays negative; the policy itself, chosen where no candidate is surely better, gains exactly 0. Up to their
+intervals all of these are lower bounds, because a search can miss the best response:
     charts/nash_gap       the sum of agent_gains
     nash_gap_interval     its 95 % confidence interval over episodes
     agent_gains           mean gain of each agent, undiscounted, of one episode
     agent_gain_intervals  the same for each agent
-    best_responses        of each agent: the updates behind the one chosen (0: the policy itself), its margin in units of
-                          reward, and its gain in the episodes that it was chosen on
+    best_responses        of each agent: what the one chosen starts from (policy or expert), the updates behind it (0: just
+                          that), its margin in units of reward, and its gain in the episodes that it was chosen on
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Args:
     """sample actions from the softmax of the outputs (for BC policies) instead of playing the best one"""
     nash_gap: bool = False
     """also train a best response of each agent and report what it gains: a lower bound of the Nash gap"""
-    num_updates: int = 3_000
+    num_updates: int = 2_000
     """gradient steps of the best responses of --nash-gap"""
     seed: int = 1
     """fixes start states and sampled actions, the same ones for both backends"""
@@ -86,7 +87,7 @@ class Args:
 
 EPISODES_AT_ONCE = 128  # in both backends, because a network's rounding depends on the size of its batch
 
-# Best responses of --nash-gap. The unit of the margins is the standard deviation of what an exploring agent gains per episode.
+# Best responses of --nash-gap. The unit of margins is the standard deviation of what exploring changes in an agent's return.
 GAMMA, TD_LAMBDA, EPSILON, LEARNING_RATE, MARGIN = 0.95, 0.8, 0.1, 3e-3, 0.02
 NUM_ENVS, UPDATES_PER_ROLLOUT, BATCH_SIZE, BUFFER_SIZE = 128, 8, 64, 8192  # in episodes
 NUM_CHECKPOINTS, CANDIDATE_MARGINS, CHOICE_EPISODES = 4, (0.0, 0.02, 0.05, 0.1, 0.2), 1024
@@ -986,56 +987,61 @@ def paired_actor(network, num_actions: int, num_copies: int, generator, sample: 
     return act
 
 
-def own(x: torch.Tensor) -> torch.Tensor:
-    """What concerns the deviator of each copy: x (A + 1, M, A, ...) -> the view x[i, :, i] as (M, A, ...)."""
-    return x[:-1].diagonal(dim1=0, dim2=2).movedim(-1, 1)
+def own(x: torch.Tensor, num_agents: int) -> torch.Tensor:
+    """What concerns agent i in the i-th copies: x (2 * A * M, A, ...) -> a view (2, M, A, ...) of it."""
+    return x.unflatten(0, (2, num_agents, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 2)
 
 
 @torch.no_grad()
-def play_pairs(game: Game, network, respond: Callable, num_envs: int, generator, device, sample: bool, dtype=torch.float32):
-    """Episodes from M = num_envs start states, A + 1 times each: in copy i agent i plays respond(inputs, policy_actions, step)
-    and all others follow the policy, in the last copy everybody does. Start states and draws are the same in all copies.
+def play_pairs(game: Game, policies: list, respond: Callable, baseline, num_envs: int, generator, sample, dtype=torch.float32):
+    """Episodes from M = num_envs start states, 2 A times each: in copy i agent i plays respond(inputs, known_actions, step), in
+    copy A + i the action of policies[baseline[i]], and all others follow policies[0], which is None for random play. Start
+    states and draws are the same in all copies.
 
-    -> inputs (M, T, A, F), policy actions (M, T, A), actions (M, T, A) of the deviators, and how much more they earn in each
-    step than in the last copy (M, T, A). The inputs of agent i are its observation, its action under the policy as one-hot,
-    and the policy's outputs, standardised."""
-    copies = game.num_agents + 1
-    start, env = ParticleEnv(game, num_envs, device, dtype), ParticleEnv(game, copies * num_envs, device, dtype)
+    -> inputs (M, T, A, F), known actions (M, T, A, K), actions (M, T, A) of the agents that respond, and how much more each
+    earns in each step than in its other copy (M, T, A). The inputs of agent i are its observation and, of each of the K
+    policies, its action as one-hot and its outputs, standardised."""
+    A, device = game.num_agents, generator.device
+    start, env = ParticleEnv(game, num_envs, device, dtype), ParticleEnv(game, 2 * A * num_envs, device, dtype)
     start.reset(generator)
-    observations = env.set_state(*(x.repeat(copies, *[1] * (x.dim() - 1)) for x in start.state()))
+    observations = env.set_state(*(x.repeat(2 * A, *[1] * (x.dim() - 1)) for x in start.state()))
     if game.prey is not None:
-        act_prey = paired_actor(game.prey, 5, copies, generator, sample=True)
+        act_prey = paired_actor(game.prey, 5, 2 * A, generator, sample=True)
         env.act_prey = lambda observations, step: act_prey(observations, step)[0]
-    act_policy = paired_actor(network, game.num_actions, copies, generator, sample or network is None)
-    steps = []
+    act_policy = paired_actor(policies[0], game.num_actions, 2 * A, generator, sample or policies[0] is None)
+    act_others = [paired_actor(policy, game.num_actions, 2, generator, sample=False) for policy in policies[1:]]
+    agents, steps = torch.arange(A, device=device), []
 
     def act(observations, step):
         actions, outputs = act_policy(observations, step)
-        views = [own(x.unflatten(0, (copies, num_envs))) for x in (observations, outputs, actions)]
-        policy_actions = views[2].clone()
-        one_hot = F.one_hot(policy_actions, game.num_actions)
-        inputs = torch.cat([views[0], one_hot, F.layer_norm(views[1], views[1].shape[-1:])], dim=-1)
-        views[2].copy_(respond(inputs, policy_actions, step))  # writes into actions
-        steps.append((inputs, policy_actions, views[2]))
+        seen, played = own(observations, A), own(actions, A)  # (2, M, A, ...)
+        known = [(played.clone(), own(outputs, A))]
+        for act_other in act_others:
+            known.append(tuple(x.unflatten(0, (2, num_envs)) for x in act_other(seen.flatten(0, 1), step)))
+        known_actions = torch.stack([x for x, _ in known], dim=-1)
+        features = [(F.one_hot(x, game.num_actions), F.layer_norm(y, y.shape[-1:])) for x, y in known]
+        inputs = torch.cat([seen, *(x for pair in features for x in pair)], dim=-1)
+        played[0] = respond(inputs[0], known_actions[0], step)  # writes into actions
+        played[1] = known_actions[1][..., agents, baseline]
+        steps.append((inputs[0], known_actions[0], played[0]))
         return actions
 
-    rewards = rollout(env, act, observations)[2].unflatten(0, (copies, num_envs))  # (A + 1, M, T, A)
-    differences = own((rewards - rewards[-1]).transpose(2, 3)).transpose(1, 2)
-    return *(torch.stack(x, dim=1) for x in zip(*steps, strict=True)), differences
+    rewards = own(rollout(env, act, observations)[2].transpose(1, 2), A)  # (2, M, A, T)
+    return *(torch.stack(x, dim=1) for x in zip(*steps, strict=True)), (rewards[0] - rewards[1]).transpose(1, 2)
 
 
-def with_margin(q_values: torch.Tensor, policy_actions: torch.Tensor, margin: float) -> torch.Tensor:
-    """The greedy actions where they are better than the policy's by more than the margin, elsewhere the policy's."""
+def with_margin(q_values: torch.Tensor, base_actions: torch.Tensor, margin: float) -> torch.Tensor:
+    """The greedy actions where they are better than the base actions by more than the margin, elsewhere these."""
     best, greedy = q_values.max(dim=-1)
-    policy_values = q_values.gather(-1, policy_actions[..., None]).squeeze(-1)
-    return torch.where(best - policy_values > margin, greedy, policy_actions)
+    base_values = q_values.gather(-1, base_actions[..., None]).squeeze(-1)
+    return torch.where(best - base_values > margin, greedy, base_actions)
 
 
-def double_dqn_targets(rewards, q_values, target_q_values, actions, policy_actions) -> torch.Tensor:
+def double_dqn_targets(rewards, q_values, target_q_values, actions, base_actions) -> torch.Tensor:
     """Q(lambda) with off-policy corrections (Harutyunyan et al., 2016), every agent by itself, (B, T, A): G_t = r_t + gamma *
     (V_{t+1} + lambda * (G_{t+1} - Q_{t+1}(a_{t+1}))), and the reward alone in the last step, after which the game ends. Double
     Q-learning: the online network chooses the action of V (with MARGIN), the target network values it."""
-    chosen = with_margin(q_values, policy_actions, MARGIN)
+    chosen = with_margin(q_values, base_actions, MARGIN)
     values, baselines = (target_q_values.gather(-1, a[..., None]).squeeze(-1) for a in (chosen, actions))  # (B, T, A)
     targets = [rewards[:, -1]]
     for t in reversed(range(rewards.shape[1] - 1)):
@@ -1043,59 +1049,73 @@ def double_dqn_targets(rewards, q_values, target_q_values, actions, policy_actio
     return torch.stack(targets[::-1], dim=1)
 
 
-def greedy_response(q_network, margin: float) -> Callable:
-    """The best response of a Q-network, for play_pairs."""
-    return lambda inputs, policy_actions, step: with_margin(q_network(inputs[:, None], step)[0][:, 0], policy_actions, margin)
+def greedy_response(q_network, start: torch.Tensor, margin: float) -> Callable:
+    """For play_pairs: agent i deviates from what policies[start[i]] does where the Q-network promises more than the margin."""
+    agents = torch.arange(len(start), device=start.device)
+
+    def respond(inputs, known_actions, step):
+        return with_margin(q_network(inputs[:, None], step)[0][:, 0], known_actions[..., agents, start], margin)
+
+    return respond
 
 
-def measure_gains(
-    game: Game, network, respond: Callable, num_episodes: int, seed: int, device, sample: bool, title=""
-) -> torch.Tensor:
-    """What each agent gains in each of so many episodes when it alone plays respond, (num_episodes, A)."""
+def measure_gains(game: Game, policies: list, respond: Callable, num_episodes: int, seed: int, device, sample, title=""):
+    """What each agent gains in each of so many episodes when it alone plays respond, not policies[0], (num_episodes, A)."""
     generator, gains = torch.Generator(device).manual_seed(seed), []
+    baseline = torch.zeros(game.num_agents, dtype=torch.long, device=device)
     starts = range(0, num_episodes, EPISODES_AT_ONCE)
     for start in tqdm(starts, desc=title, unit="batch", mininterval=1, disable=not title):
         size = min(EPISODES_AT_ONCE, num_episodes - start)
-        gains.append(play_pairs(game, network, respond, size, generator, device, sample, torch.float64)[-1].sum(dim=1))
+        gains.append(play_pairs(game, policies, respond, baseline, size, generator, sample, torch.float64)[-1].sum(dim=1))
     return torch.cat(gains)
 
 
-def train_best_responses(game: Game, network, args: Args, device) -> tuple[Callable, list[dict]]:
+def train_best_responses(game: Game, policies: list, args: Args, device) -> tuple[Callable, list[dict]]:
     """Double DQN with replay, for all agents at once -> the best responses chosen, for play_pairs, and a report on each.
 
-    Learned is not the return but the gain: rewards are differences to the episode from the same start that everybody plays by
-    the policy. What is subtracted does not depend on the agent's actions, so the best response is the same, and where nobody
-    deviates all values are zero instead of the noise of whole returns."""
+    Every agent starts from the play of whichever of the policies earns it most against policies[0]. Learned is not the return
+    but the gain on top of that: rewards are differences to the episode from the same start state and with the same draws in
+    which the agent only plays its start policy. What is subtracted does not depend on the agent's deviations, so the best
+    response is the same, and where nobody deviates all values are zero instead of the noise of whole returns."""
     generator, A = torch.Generator(device).manual_seed(args.seed + 2 * 10**6), game.num_agents
-    inputs_dim = game.observation_dim + 2 * game.num_actions
+    inputs_dim = game.observation_dim + 2 * game.num_actions * len(policies)
     online = AgentNetwork(inputs_dim, A, game.num_actions, game.horizon, num_words=game.num_words).to(device)
-    for parameter in online.head.parameters():  # all values zero: with a margin this is the policy itself
+    for parameter in online.head.parameters():  # all values zero: with a margin this is the start policy itself
         nn.init.zeros_(parameter)
     target = copy.deepcopy(online).requires_grad_(False)
     optimizer = torch.optim.Adam(online.parameters(), lr=LEARNING_RATE)
+    agents, candidates, choice_gains = torch.arange(A, device=device), [], []
 
-    def explore(inputs, policy_actions, step):
-        def draw(high):
-            return torch.randint(high, policy_actions.shape, generator=generator, device=device)
+    def add_candidate(updates, q_network, start, margin):
+        candidates.append((updates, q_network, start, margin))
+        respond, seed = greedy_response(q_network, start, margin), args.seed + 10**6
+        choice_gains.append(measure_gains(game, policies, respond, CHOICE_EPISODES, seed, device, args.sample))
 
-        actions = greedy_response(online, MARGIN)(inputs, policy_actions, step)
-        random_actions = draw(game.num_actions)
+    def choose() -> tuple[torch.Tensor, torch.Tensor]:  # indices of candidates (A,), mean gains (candidates, A)
+        gains = torch.stack(choice_gains)  # (candidates, episodes, A)
+        means = gains.mean(dim=1)
+        return (means - 1.96 * gains.std(dim=1) / CHOICE_EPISODES**0.5).argmax(dim=0), means
+
+    def explore(inputs, known_actions, step):
+        actions = greedy_response(online, start, MARGIN)(inputs, known_actions, step)
+        random_actions = torch.randint(game.num_actions, actions.shape, generator=generator, device=device)
         if game.num_words:  # another move, another word, both or none
-            moves, words = torch.where(draw(2) > 0, random_actions % 5, actions % 5), random_actions // 5
-            random_actions = moves + 5 * torch.where(draw(2) > 0, words, actions // 5)
+            new_move, new_word = torch.rand((2, *actions.shape), generator=generator, device=device) < 0.5
+            moves = torch.where(new_move, random_actions, actions) % 5
+            random_actions = moves + 5 * (torch.where(new_word, random_actions, actions) // 5)
         deviates = torch.rand(actions.shape, generator=generator, device=device) < EPSILON
         return torch.where(deviates, random_actions, actions)
 
     bf16 = use_bfloat16(True, device)
-    buffer, scale, candidates = None, None, [(0, math.inf, online)]
-    choice_gains = [torch.zeros(CHOICE_EPISODES, A, dtype=torch.float64, device=device)]  # of the policy itself
+    for index in range(len(policies)):
+        add_candidate(0, target, torch.full_like(agents, index), math.inf)
+    start, buffer, scale = choose()[0], None, None
     num_rollouts = -(-args.num_updates // UPDATES_PER_ROLLOUT)
     checkpoints = {num_rollouts * (i + 1) // NUM_CHECKPOINTS for i in range(NUM_CHECKPOINTS)}
-    progress = tqdm(range(1, num_rollouts + 1), desc=f"best responses on {game.name}", unit="rollout", mininterval=1)
-    for i in progress:
-        episodes = play_pairs(game, network, explore, NUM_ENVS, generator, device, args.sample)
+    for i in tqdm(range(1, num_rollouts + 1), desc=f"best responses on {game.name}", unit="rollout", mininterval=1):
+        episodes = play_pairs(game, policies, explore, start, NUM_ENVS, generator, args.sample)
         if buffer is None:
-            gains = episodes[3].sum(dim=1)
+            gains = episodes[-1].sum(dim=1)
             scale = torch.where(gains.std() > 0, gains.std(), 1.0)
             buffer = [x.new_zeros(BUFFER_SIZE, *x.shape[1:]) for x in episodes]
         slots = torch.arange((i - 1) * NUM_ENVS, i * NUM_ENVS, device=device) % BUFFER_SIZE
@@ -1105,11 +1125,12 @@ def train_best_responses(game: Game, network, args: Args, device) -> tuple[Calla
             group["lr"] = LEARNING_RATE * min(1, 2 * (1 - (i - 1) / num_rollouts))
         for _ in range(UPDATES_PER_ROLLOUT):
             batch = torch.randint(min(i * NUM_ENVS, BUFFER_SIZE), (BATCH_SIZE,), generator=generator, device=device)
-            inputs, policy_actions, actions, rewards = (x[batch] for x in buffer)
+            inputs, known_actions, actions, rewards = (x[batch] for x in buffer)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 q_values, target_q_values = online(inputs)[0], target(inputs)[0]
             with torch.no_grad():
-                targets = double_dqn_targets(rewards / scale, q_values, target_q_values, actions, policy_actions)
+                base_actions = known_actions[..., agents, start]
+                targets = double_dqn_targets(rewards / scale, q_values, target_q_values, actions, base_actions)
             loss = F.mse_loss(q_values.gather(-1, actions[..., None]).squeeze(-1), targets)
             optimizer.zero_grad()
             loss.backward()
@@ -1120,27 +1141,20 @@ def train_best_responses(game: Game, network, args: Args, device) -> tuple[Calla
         if i in checkpoints:
             frozen = copy.deepcopy(online).requires_grad_(False)
             for margin in CANDIDATE_MARGINS:
-                respond, seed = greedy_response(frozen, margin), args.seed + 10**6
-                gains = measure_gains(game, network, respond, CHOICE_EPISODES, seed, device, args.sample)
-                candidates.append((i * UPDATES_PER_ROLLOUT, margin, frozen))
-                choice_gains.append(gains)
+                add_candidate(i * UPDATES_PER_ROLLOUT, frozen, start, margin)
 
-    choice_gains = torch.stack(choice_gains)  # (candidates, episodes, A)
-    means, errors = choice_gains.mean(dim=1), choice_gains.std(dim=1) / CHOICE_EPISODES**0.5
-    best = (means - 1.96 * errors).argmax(dim=0).tolist()
-    chosen = [candidates[index] for index in best]
-
-    def respond(inputs, policy_actions, step):
-        actions = policy_actions.clone()
-        for agent, (_, margin, q_network) in enumerate(chosen):
-            actions[:, agent] = greedy_response(q_network, margin)(inputs, policy_actions, step)[:, agent]
-        return actions
-
-    reports = []
-    for agent, index in enumerate(best):
-        updates, margin, _ = candidates[index]
+    best, means = choose()
+    reports, responses = [], []
+    for agent, index in enumerate(best.tolist()):
+        updates, q_network, starts, margin = candidates[index]
+        responses.append(greedy_response(q_network, starts, margin))
+        name = ("policy", "expert")[starts[agent]]
         margin = (margin * scale).item() if updates else None  # in units of reward
-        reports.append(dict(updates=updates, margin=margin, choice_gain=means[index, agent].item()))
+        reports.append(dict(start=name, updates=updates, margin=margin, choice_gain=means[index, agent].item()))
+
+    def respond(inputs, known_actions, step):
+        return torch.stack([response(inputs, known_actions, step)[:, i] for i, response in enumerate(responses)], dim=1)
+
     return respond, reports
 
 
@@ -1157,9 +1171,12 @@ def with_interval(mean: float, interval: list[float] | None) -> str:
 
 def nash_gap(game: Game, network, args: Args, device) -> dict:
     """The part of the report that --nash-gap adds."""
-    respond, best_responses = train_best_responses(game, network, args, device)
+    policies, path = [network], Path(__file__).parent / "policies" / game.name / "expert.pt"
+    if path.exists():
+        policies.append(build_network(AgentNetwork, path, load_checkpoint(path, ("vdn", "pathwise")), device))
+    respond, best_responses = train_best_responses(game, policies, args, device)
     options = dict(sample=args.sample, title=f"gains on {game.name}")
-    gains = measure_gains(game, network, respond, args.num_episodes, args.seed, device, **options)  # (N, A)
+    gains = measure_gains(game, policies, respond, args.num_episodes, args.seed, device, **options)  # (N, A)
     gap, gap_interval = mean_and_interval(gains.sum(dim=1))
     agent_gains, agent_gain_intervals = zip(*map(mean_and_interval, gains.T), strict=True)
     report = {"charts/nash_gap": gap, "nash_gap_interval": gap_interval}

@@ -13,6 +13,16 @@ MIXTURES = ("diversified", "mix-unilateral", "mix-expert", "pure-expert")
 ROWS = {"expert": "expert", "rookie": "rookie"}  # ends of file names: what the table calls them
 ROWS |= {f"{mixture}-bc": f"BC, greedy, {mixture}" for mixture in MIXTURES}
 ROWS |= {f"{mixture}-vdn": f"VDN-RLHF, {mixture}" for mixture in MIXTURES}
+HEADER = """# Nash gaps: what `bash benchmark/nash_gap.sh` measured
+
+On CPU. What each agent gains per episode (undiscounted return of 25 steps, its own reward) by the best response found to the
+others, who play the policy greedily, and the sum over agents, a lower bound of the Nash gap: mean and 95 % interval over 4,096
+fresh episodes (`evaluate.py --nash-gap --seed 12345`). The search starts from the better of the policy and the shipped expert.
+The last columns count the agents whose best response found is the expert as it is, and those that learned a better one; the
+others gain exactly 0 by playing on as they do. Policies of benchmark/scores.sh, training seed 4, dataset seed 2.
+
+| game | policy | return | gap, at least | of each agent | expert | learned |
+|---|---|---|---|---|---|---|"""
 
 
 def summarize(report_path: str, result_path: str) -> None:
@@ -26,26 +36,19 @@ def with_interval(mean: float, interval: list[float]) -> str:
 
 
 def main() -> None:
-    print("# Nash gaps: what `bash benchmark/nash_gap.sh` measured\n")
-    print(
-        "On CPU. What each agent gains per episode (undiscounted return of 25 steps, its own reward) by the best response found"
-    )
-    print("to the others, who play the policy greedily, and the sum over agents, a lower bound of the Nash gap: mean and 95 %")
-    print(
-        "interval over 4,096 fresh episodes (`evaluate.py --nash-gap --seed 12345`). An agent for which nothing better than the"
-    )
-    print("policy itself was found gains exactly 0. Policies of benchmark/scores.sh, training seed 4, dataset seed 2.\n")
-    print("| game | policy | return | gap, at least | of each agent |\n|---|---|---|---|---|")
+    print(HEADER)
     for game in GAMES:
         for row, title in ROWS.items():
             path = Path(f"benchmark/results/nash_gap/{game}-{row}.json")
-            cells = [""] * 3
+            cells = [""] * 5
             if path.exists():
                 report = json.loads(path.read_text())
                 gains = zip(report["agent_gains"], report["agent_gain_intervals"], strict=True)
                 cells = [f"{report['charts/test_return']:.2f}"]
                 cells.append(with_interval(report["charts/nash_gap"], report["nash_gap_interval"]))
                 cells.append(", ".join(with_interval(*gain) for gain in gains))
+                found = [(response["start"], response["updates"] > 0) for response in report["best_responses"]]
+                cells += [str(found.count(("expert", False))), str(sum(learned for _, learned in found))]
             print(f"| {game} | {title} | {' | '.join(cells)} |")
 
 

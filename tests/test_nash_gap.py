@@ -97,61 +97,70 @@ def test_equilibrium(small_budget):
 
 
 def test_every_agent_has_its_own_best_response(small_budget, monkeypatch):
-    """Two candidates. The first is said to be the better one for agent 0, because the second is so only in one of two episodes,
-    and the second, which never deviates, for agent 1."""
-    gains = iter(([[2.0, 1.0], [2.0, 1.0]], [[0.0, 3.0], [6.0, 3.0]]))
+    """Three candidates. The second is said to be the best one for agent 0, because the third is so only in one of two episodes,
+    and the third, which never deviates from the policy, for agent 1."""
+    gains = iter(([[0.0, 0.0], [0.0, 0.0]], [[2.0, 1.0], [2.0, 1.0]], [[0.0, 3.0], [6.0, 3.0]]))
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "NUM_CHECKPOINTS", 1)
         patch.setattr(evaluate, "CANDIDATE_MARGINS", (0.0, 1e6))
         patch.setattr(evaluate, "measure_gains", lambda *args: torch.tensor(next(gains), dtype=torch.float64))
         patch.setattr(evaluate, "CHOICE_EPISODES", 2)
         args = Args("scripted", num_updates=80, device="cpu")
-        respond, reports = evaluate.train_best_responses(GAME, Scripted(stand), args, CPU)
+        respond, reports = evaluate.train_best_responses(GAME, [Scripted(stand)], args, CPU)
     assert [report["choice_gain"] for report in reports] == [2, 3] and [report["updates"] for report in reports] == [80, 80]
     assert reports[0]["margin"] == 0 and reports[1]["margin"] > 1e5
-    measured = measure_gains(GAME, Scripted(stand), respond, 256, 0, CPU, False)
+    measured = measure_gains(GAME, [Scripted(stand)], respond, 256, 0, CPU, False)
     assert measured[:, 0].mean() > 0.9 * GAPS[0] and (measured[:, 1] == 0).all()
 
 
 def test_gains_are_not_clipped():
-    gains = measure_gains(GAME, Scripted(push), lambda inputs, actions, step: torch.zeros_like(actions), 4000, 0, CPU, False)
+    def respond(inputs, known_actions, step):
+        return torch.zeros_like(known_actions[..., 0])
+
+    gains = measure_gains(GAME, [Scripted(push)], respond, 4000, 0, CPU, False)
     assert gains.shape == (4000, 2) and (gains < 0).all()
     torch.testing.assert_close(gains.mean(dim=0), -torch.tensor(GAPS, dtype=torch.float64), rtol=0.05, atol=0)
     torch.testing.assert_close(gains[:, 1], 0.4 * gains[:, 0])
 
 
 def test_pairs_are_the_episodes_that_make_actor_plays():
-    """Against a recurrent policy: the deviation of each agent alone, its gain, and what the best response sees."""
+    """With two recurrent policies: the deviation of each agent alone, what it earns more than by the second policy (agent 0) or
+    the first (agent 1), and what it sees."""
     torch.manual_seed(0)
     game, M = make_game("reference"), 5
-    network = AgentNetwork(21, 2, 50, 25, network="gru", hidden_dim=16, num_words=10).requires_grad_(False)
+    shape = dict(network="gru", hidden_dim=16, num_words=10)
+    policies = [AgentNetwork(21, 2, 50, 25, **shape).requires_grad_(False) for _ in range(2)]
 
-    def respond(inputs, policy_actions, step):
-        return torch.where(torch.arange(M)[:, None] % 2 == 0, 13, policy_actions) if step % 3 == 1 else policy_actions
+    def respond(inputs, known_actions, step):
+        deviates = (torch.arange(M)[:, None] % 2 == 0) & (step % 3 == 1)
+        return torch.where(deviates, 13, known_actions[:, [0, 1], [1, 0]])
 
-    pairs = play_pairs(game, network, respond, M, torch.Generator().manual_seed(3), CPU, False, torch.float64)
-    inputs, policy_actions, actions, gains = pairs
-    returns = []
-    for agent in (None, 0, 1):
-        act_policy = make_actor(network, 50, None)
+    baseline, generator = torch.tensor([1, 0]), torch.Generator().manual_seed(3)
+    inputs, known_actions, actions, gains = play_pairs(game, policies, respond, baseline, M, generator, False, torch.float64)
+    returns = {}
+    for agent, responds in ((0, True), (0, False), (1, True), (1, False)):
+        act_policy, act_other = (make_actor(policy, 50, None) for policy in policies)
 
-        def act(observations, step, agent=agent, act_policy=act_policy):
-            joint = act_policy(observations, step)
-            if agent is not None:
+        def act(observations, step, agent=agent, responds=responds, act_policy=act_policy, act_other=act_other):
+            joint, other = act_policy(observations, step), act_other(observations, step)
+            known = torch.stack([joint, other], dim=-1)
+            base = other if agent == 0 else joint
+            played = (respond(None, known, step) if responds else base)[:, agent]
+            if responds:
                 assert torch.equal(inputs[:, step, agent, :21], observations[:, agent])
-                assert torch.equal(policy_actions[:, step, agent], joint[:, agent])
-                joint[:, agent] = respond(None, joint, step)[:, agent]
-                assert torch.equal(actions[:, step, agent], joint[:, agent])
-            return joint
+                assert torch.equal(known_actions[:, step, agent], known[:, agent])
+                assert torch.equal(actions[:, step, agent], played)
+            return torch.where(torch.arange(2) == agent, played[:, None], joint)
 
         env = ParticleEnv(game, M, dtype=torch.float64)
-        returns.append(rollout(env, act, env.reset(torch.Generator().manual_seed(3)))[2])
+        observations = env.reset(torch.Generator().manual_seed(3))
+        returns[agent, responds] = rollout(env, act, observations)[2][..., agent]
     for agent in (0, 1):
-        torch.testing.assert_close(gains[..., agent], (returns[1 + agent] - returns[0])[..., agent])
+        torch.testing.assert_close(gains[..., agent], returns[agent, True] - returns[agent, False])
         assert (gains[::2, :, agent].abs().amax(dim=1) > 1e-3).all() and (gains[1::2, :, agent] == 0).all()
-    assert torch.equal(inputs[..., 21:71].argmax(dim=-1), policy_actions) and torch.equal(
-        inputs[..., 71:].argmax(dim=-1), policy_actions
-    )
+    for k, first in enumerate((21, 121)):  # one-hot actions, then outputs, of both policies
+        for numbers in (inputs[..., first : first + 50], inputs[..., first + 50 : first + 100]):
+            assert torch.equal(numbers.argmax(dim=-1), known_actions[..., k])
 
 
 @pytest.mark.parametrize("policy", ["random", "sampled"])
@@ -162,12 +171,12 @@ def test_copies_have_the_same_draws(policy):
     network = None if policy == "random" else AgentNetwork(16, 3, 5, 25, hidden_dim=16).requires_grad_(False)
 
     def play(respond):
-        generator = torch.Generator().manual_seed(0)
-        return play_pairs(game, network, respond, 1000, generator, CPU, policy == "sampled", torch.float64)
+        generator, baseline = torch.Generator().manual_seed(0), torch.zeros(3, dtype=torch.long)
+        return play_pairs(game, [network], respond, baseline, 1000, generator, policy == "sampled", torch.float64)
 
-    _, actions, _, gains = play(lambda inputs, actions, step: actions)
-    assert (gains == 0).all() and len(actions.unique()) == 5
-    gains = play(lambda inputs, actions, step: torch.where(torch.tensor(step) < 10, actions, 0))[-1]
+    _, known_actions, _, gains = play(lambda inputs, known_actions, step: known_actions[..., 0])
+    assert (gains == 0).all() and len(known_actions.unique()) == 5
+    gains = play(lambda inputs, known_actions, step: known_actions[..., 0] * (step < 10))[-1]
     assert (gains[:, :11] == 0).all() and (gains[:, 11:] != 0).any(dim=(0, 1)).all()
 
 
@@ -191,8 +200,64 @@ def test_best_responses_know_the_step():
     def q_network(inputs, step):
         return torch.nn.functional.one_hot(torch.full(inputs.shape[:3], step), 5).float(), None
 
-    respond = evaluate.greedy_response(q_network, 0.5)
-    assert (respond(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), 4) == 4).all()
+    respond = evaluate.greedy_response(q_network, torch.tensor([0, 1, 0]), 0.5)
+    assert (respond(torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, dtype=torch.long), 4) == 4).all()
+
+
+def test_best_responses_keep_to_the_policy_that_they_start_from():
+    """Unless the Q-network promises more than the margin: action 4 in the first row."""
+    q_values = torch.zeros(2, 1, 3, 5)
+    q_values[0, ..., 4], q_values[1, ..., 4] = 0.6, 0.4
+    respond = evaluate.greedy_response(lambda inputs, step: (q_values, None), torch.tensor([0, 1, 0]), 0.5)
+    known_actions = torch.tensor([1, 2]).expand(2, 3, 2)
+    assert respond(torch.zeros(2, 3, 4), known_actions, 0).tolist() == [[4, 4, 4], [1, 2, 1]]
+
+
+def test_search_starts_from_an_expert_that_is_better(small_budget):
+    """Pushing from the beginning is the exact best response, without any training that matters."""
+    args = Args("scripted", num_updates=1, device="cpu")
+    respond, reports = evaluate.train_best_responses(GAME, [Scripted(stand), Scripted(push)], args, CPU)
+    assert [(report["start"], report["updates"]) for report in reports] == [("expert", 0)] * 2
+    gains = measure_gains(GAME, [Scripted(stand), Scripted(push)], respond, 4000, 0, CPU, False)
+    torch.testing.assert_close(gains.mean(dim=0), torch.tensor(GAPS, dtype=torch.float64), rtol=0.05, atol=0)
+    # And improves on one that is the policy but for agent 1.
+    torch.manual_seed(0)
+    args = Args("scripted", num_updates=240, device="cpu")
+
+    def second_pushes(observations):
+        return push(observations) * torch.tensor([0, 1])
+
+    reports = evaluate.train_best_responses(GAME, [Scripted(stand), Scripted(second_pushes)], args, CPU)[1]
+    assert [report["start"] for report in reports] == ["policy", "expert"] and reports[0]["updates"] > 0
+    for report, gap in zip(reports, GAPS, strict=True):
+        assert report["choice_gain"] == pytest.approx(gap, rel=0.1)
+
+
+def test_training_goes_on_from_the_start_policy(monkeypatch):
+    """Of three candidates the second, the expert, is said to be better than the policy for agent 1 alone, the third, which is
+    trained, better for both: agent 0 then deviates from standing still, agent 1 from pushing."""
+    gains, seen, targets = iter(([0.0, 0.0], [-1.0, 1.0], [2.0, 2.0])), [], evaluate.double_dqn_targets
+    for name, value in dict(NUM_ENVS=16, NUM_CHECKPOINTS=1, CANDIDATE_MARGINS=(0.0,), CHOICE_EPISODES=2).items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate, "measure_gains", lambda *args: torch.tensor([next(gains)] * 2))
+    monkeypatch.setattr(evaluate, "double_dqn_targets", lambda *args: (seen.append(args[-1]), targets(*args))[1])
+    args = Args("scripted", num_updates=8, device="cpu")
+    reports = evaluate.train_best_responses(GAME, [Scripted(stand), Scripted(push)], args, CPU)[1]
+    assert [(report["start"], report["updates"]) for report in reports] == [("policy", 8), ("expert", 8)]
+    assert all((base[..., 0] == 0).all() and (base[..., 1] > 0).all() for base in seen) and len(seen) == 8
+
+
+def test_exploration_changes_moves_and_words_apart(monkeypatch):
+    """In a tenth of the steps, each in one half of them, to another one with probability 4/5 and 9/10."""
+    game, episodes, play = make_game("reference"), [], play_pairs
+    monkeypatch.setattr(evaluate, "measure_gains", lambda *args: torch.zeros(2, 2))
+    monkeypatch.setattr(evaluate, "CHOICE_EPISODES", 2)
+    monkeypatch.setattr(evaluate, "play_pairs", lambda *args: episodes.append(play(*args)) or episodes[-1])
+    evaluate.train_best_responses(game, [None], Args("random", num_updates=1, device="cpu"), CPU)
+    _, known_actions, actions, _ = episodes[0]  # 128 x 25 x 2 actions
+    move, word = actions % 5 != known_actions[..., 0] % 5, actions // 5 != known_actions[..., 0] // 5
+    for event, share in ((move, 0.04), (word, 0.045), (move & word, 0.1 * 0.4 * 0.45)):
+        assert event.double().mean().item() == pytest.approx(share, rel=0.25)
 
 
 def test_targets_equal_a_slow_loop(monkeypatch):
@@ -234,6 +299,7 @@ def test_report(env, monkeypatch, tmp_path, capsys):
     assert json.loads(path.read_text()) == report == evaluate.main(args)
     assert len(report["agent_gains"]) == len(report["best_responses"]) == make_game(env).num_agents
     assert report["charts/nash_gap"] == pytest.approx(sum(report["agent_gains"]))
+    assert env != "spread" or [best["start"] for best in report["best_responses"]] == ["expert"] * 3  # it gains 5
     gap, high = report["charts/nash_gap"], report["nash_gap_interval"][1]
     assert f"charts/nash_gap    {gap:.3f} +- {high - gap:.3f} (" in capsys.readouterr().out
     plain = evaluate.main(Args(rookie, num_episodes=130, device="cpu"))
