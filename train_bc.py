@@ -1124,17 +1124,18 @@ def imitate(runs: list[Args], shape: dict, observations, actions, held_out, trai
     update = accelerate(compute_losses, lambda losses: take_step(losses, optimizer, 1.0), args, device)
     results = [dict(nll=float("inf"), epoch=0, weights=None, history=[]) for _ in runs]
     progress = tqdm(total=num_updates, desc="imitation", unit="update", mininterval=1)
-    training_time = 0.0
+    training_time, num_done = 0.0, 0
     for epoch in range(1, args.max_epochs + 1):
         start = time.time()
         order = torch.stack([torch.randperm(training.shape[1], generator=generator) for generator in generators]).to(device)
         for batch in training.gather(1, order).split(batch_size, dim=1)[:updates_per_epoch]:
-            done = progress.n / num_updates
+            done = num_done / num_updates
             # Deterministic annealing: modes that are told apart at once divide the states among themselves instead of the
             # players. Slowly, they first learn to imitate the whole mixture, and then what is left to explain.
             sharpness = min(done / args.annealing, 1.0) ** 2 if args.annealing > 0 else 1.0
             follow_cosine(optimizer, args.learning_rate, done)
             update(batch, torch.tensor(sharpness).to(device, non_blocking=True))
+            num_done += 1
             progress.update()
         if device.type == "cuda":
             torch.cuda.synchronize()

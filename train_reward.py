@@ -856,13 +856,14 @@ def learn_rewards(runs: list[Args], shape: dict, data: dict, parts: list, genera
     results = [dict(loss=float("inf"), epoch=0, weights=None, history=[]) for _ in runs]
     values = ", ".join(f"{alpha:g}" for alpha in dict.fromkeys(alphas.tolist()))
     progress = tqdm(total=num_updates, desc=f"reward model, alpha {values}", unit="update", mininterval=1)
-    training_time = 0.0
+    training_time, num_done = 0.0, 0
     for epoch in range(1, args.max_epochs + 1):
         start = time.time()
         orders = [torch.randperm(num_minibatches, generator=generator) for generator in generators]
         for minibatch in torch.stack(orders, dim=1).to(device):
-            follow_cosine(optimizer, args.learning_rate, progress.n / num_updates)
+            follow_cosine(optimizer, args.learning_rate, num_done / num_updates)
             update(minibatch)
+            num_done += 1
             progress.update()
         if device.type == "cuda":
             torch.cuda.synchronize()

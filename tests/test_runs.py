@@ -4,14 +4,16 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partialmethod
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, made_up_arrays
+from conftest import ROOT, made_up_arrays, same_weights
 from torch import nn
+from tqdm import tqdm
 
 import train_bc
 import train_reward
@@ -325,6 +327,18 @@ def test_two_processes_make_the_files_of_one(spread_data, tmp_path):
         for key, tensor in checkpoint["state_dict"].items():
             torch.testing.assert_close(tensor, weights["two"][name]["state_dict"][key], rtol=0, atol=1e-5)
     assert outputs["one"] == outputs["two"] and any(line.startswith("| VDN-RLHF, last") for line in outputs["one"])
+
+
+def test_silent_progress_changes_nothing(made_up_data, tmp_path, monkeypatch):
+    """Processes that do not report have no progress bars, and schedules do not depend on them."""
+    weights = []
+    for name in ("loud", "silent"):
+        common = dict(env="made-up", data_path=str(made_up_data), max_epochs=3, hidden_dim=8, device="cpu")
+        train_reward.main(train_reward.Args(reward_path=str(tmp_path / f"reward-{name}.pt"), **common))
+        train_bc.main(train_bc.Args(bc_path=str(tmp_path / f"bc-{name}.pt"), batch_size=8, **common))
+        weights.append([tmp_path / f"{kind}-{name}.pt" for kind in ("reward", "bc")])
+        monkeypatch.setattr(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
+    assert all(same_weights(loud, silent) for loud, silent in zip(*weights, strict=True))
 
 
 def test_a_failing_process_fails_the_job(tmp_path):
