@@ -251,6 +251,7 @@ def main(args: Args) -> None:
     ]
     lines += ["one gradient step of one run. Memory is the peak of the process (CUDA: of its tensors on the device).\n"]
     context = multiprocessing.get_context("spawn")
+    path = Path(f"benchmark/results/speed-{args.device}.md")
     with tqdm(total=sum(map(len, groups.values())), desc="measurements", unit="row") as progress:
         for title, rows in groups.items():
             lines += [f"## {title}\n", "| | rate | unit | peak memory, MiB |\n|---|---|---|---|"]
@@ -261,14 +262,11 @@ def main(args: Args) -> None:
                 digits = 0 if rate >= 100 else 1 if rate >= 10 else 2
                 lines.append(f"| {label} | {rate:,.{digits}f} | {STAGES[job.stage][1]} | {memory:,.0f} |")
                 progress.update()
+                if not args.quick:  # after every row, so that nothing measured is lost
+                    content = "\n".join(lines).encode()
+                    collect_data.save_file(path, lambda file, content=content: file.write(content))
             lines.append("")
-    text = "\n".join(lines)
-    print(text)
-    if not args.quick:
-        path = Path(f"benchmark/results/speed-{args.device}.md")
-        partial = path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(path)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
