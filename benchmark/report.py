@@ -1,0 +1,459 @@
+"""The tables and figures from what run_table.py has measured, beside the paper's numbers: prints the ones that are named, and
+writes all of them to benchmark/results/README.md with its plots.
+
+Usage: python benchmark/report.py table2 --scale cpu
+       python benchmark/report.py                             (only writes the file)
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import matplotlib
+import numpy as np
+import tyro
+from run_cell import SCALES, STAGES, Cell
+from run_table import ALPHAS, GAMES, MANY_AGENTS, MIXTURES, PRESETS, STANDARD_BETA, betas, list_cells, reward_cell, standard
+from scipy import stats
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path("benchmark/results")
+INTRODUCTION = """\
+Made by `python benchmark/report.py` from the small files in this folder. A return is the mean over agents of the undiscounted
+return of 25 steps, 4,096 fresh episodes with greedy policies. Score: the random policy is 0, the best expert of the paper's
+authors 100 (tag: this repository's expert). Cells: mean ± standard deviation over training seeds [95 % t interval of the mean].
+Datasets have seed 2; no setting was chosen on them. Scales (`SCALES` in `run_cell.py`): paper is the paper's size, 38,400
+trajectories and 5 seeds, with all settings of the scripts; cpu has 9,728 trajectories, 3 seeds and fewer updates.
+`bash benchmark/table2.sh --scale cpu` and its sisters add what is missing. [Theory](table4.md), [speed](speed-cpu.md),
+[Nash gaps](nash_gap.md), [reward model](reward_model.md), [physics](parity.md), [ceiling](ceiling.md).
+"""
+
+# The paper's numbers. Its returns are those of 26 steps; on its scale random policies and its authors' best experts have:
+PAPER_RANDOM = {"spread": -27.81, "tag": 3.97, "reference": -29.69}
+PAPER_EXPERT = {"spread": -10.26, "tag": 42.3, "reference": -10.46}
+PAPER_RANDOM |= {"spread-4x5": -40.3, "spread-5x5": -36.8, "spread-6x5": -34.5, "spread-7x5": -32.8}
+PAPER_EXPERT |= {"spread-4x5": -27.4, "spread-5x5": -19.2, "spread-6x5": -26.0, "spread-7x5": -25.1}
+PAPER_TABLE2 = {  # returns; what the table calls MSE are the deviations of these
+    "diversified": {"spread": -21.63, "tag": 28.94, "reference": -19.59},
+    "mix-unilateral": {"spread": -20.98, "tag": 32.04, "reference": -20.60},
+    "mix-expert": {"spread": -21.11, "tag": 33.01, "reference": -20.38},
+    "pure-expert": {"spread": -21.45, "tag": 40.14, "reference": -28.19},
+}
+PAPER_TABLE3 = {  # returns by beta, the last with alpha 0
+    "spread": {0: -22.56, 0.1: -22.03, 1: -20.82, 10: -20.46, 100: -20.35, "alpha 0": -22.21},
+    "tag": {0: 4.11, 0.1: 4.25, 1: 10.96, 10: 28.88, 100: 29.53, "alpha 0": 30.77},
+    "reference": {0: -19.69, 0.1: -19.37, 1: -18.89, 10: -18.33, 100: -18.54, "alpha 0": -21.86},
+}
+PAPER_TABLE6 = {  # team returns of 130 steps over N^2
+    "mix-unilateral": (-31.13, -28.26, -26.92, -25.48),
+    "pure-expert": (-31.71, -28.80, -27.16, -26.29),
+    "random": (-50.83, -36.92, -28.56, -23.62),
+}
+PAPER_TABLE7 = {  # training NLL by alpha
+    "spread": (0.350, 0.345, 0.347, 0.351, 0.361, 0.389, 0.460, 0.603),
+    "tag": (0.465, 0.431, 0.440, 0.455, 0.484, 0.531, 0.603, 0.676),
+    "reference": (0.358, 0.356, 0.362, 0.374, 0.393, 0.434, 0.508, 0.623),
+}
+PAPER_RATIOS = {"diversified": "1 : 1 : 1 : 1", "mix-unilateral": "2 : 1 : 0 : 1", "mix-expert": "3 : 0 : 0 : 1"}
+PAPER_RATIOS |= {"pure-expert": "4 : 0 : 0 : 0"}
+
+
+def paper_score(env: str, value: float) -> float:
+    return 100 * (value - PAPER_RANDOM[env]) / (PAPER_EXPERT[env] - PAPER_RANDOM[env])
+
+
+def results(cell: Cell, scale: str, preset: str = "default") -> list[dict]:
+    """The metrics of a cell, by training seed, as far as they are measured."""
+    cells = [Cell(**vars(cell) | dict(scale=scale, preset=preset, seed=seed)) for seed in SCALES[scale].seeds]
+    found = [cell.result() for cell in cells]
+    return [result["metrics"] for result in found if result is not None]
+
+
+def half_interval(values: list[float]) -> float:
+    """Half of the 95 % t interval of the mean."""
+    return stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+
+
+def summary(values: list[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds [95 % t interval of the mean]."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "missing"
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    low, high = (np.mean(values) + sign * half_interval(values) for sign in (-1, 1))
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def interquartile_mean(groups: list[list[float]], num_resamples: int = 2000) -> str:
+    """Interquartile mean of the scores of all runs, with a 95 % bootstrap interval that draws seeds anew within each cell
+    (Agarwal et al., 2021)."""
+    if not groups:
+        return "missing"
+    generator = np.random.default_rng(0)
+    draws = [generator.choice(group, (num_resamples, len(group))) for group in groups]
+    means = stats.trim_mean(np.concatenate(draws, axis=1), 0.25, axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return f"{stats.trim_mean(np.concatenate(groups), 0.25):.1f} [{low:.1f}, {high:.1f}]"
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def column(found: list[dict], name: str) -> list[float]:
+    return [metrics[name] for metrics in found]
+
+
+def policy_row(found: list[dict], published: float | None) -> list[str]:
+    """Number of seeds, return, score, score in the paper, scores of pi_ref and BC."""
+    names = ("return", "score", "reference_score", "bc_score")
+    returns, scores, reference, bc = (summary(column(found, name), 2 if name == "return" else 1) for name in names)
+    return [len(found), returns, f"**{scores}**", "" if published is None else f"{published:.0f}", reference, bc]
+
+
+POLICY_HEADER = ["seeds", "return", "score", "score in the paper", "pi_ref alone, greedy", "BC, greedy"]
+
+
+def iqm_lines(rows: dict[str, list[list[dict]]]) -> str:
+    """One line for each preset, from the cells that it has."""
+    text = ""
+    for preset, cells in rows.items():
+        groups = [column(found, "score") for found in cells if found]
+        text += f"Interquartile mean of the scores, {preset} settings, {len(groups)} of {len(cells)} cells: "
+        text += f"{interquartile_mean(groups)}.\n"
+    return text
+
+
+def table1(scale: str) -> str:
+    rows = []
+    for game in GAMES:
+        for mixture in MIXTURES:
+            result = Cell("dataset", game, mixture, scale=scale).result()
+            if result is None:
+                rows.append([game, mixture, PAPER_RATIOS[mixture], *["missing"] * 6])
+                continue
+            metrics = result["metrics"]
+            parts = [metrics[name] for name in ("expert", "unilateral", "rookie", "trivial")]
+            cells = [
+                f"{p['trajectories']:,}" + ("" if p["mean_return"] is None else f" ({p['mean_return']:.2f})") for p in parts
+            ]
+            rows.append(
+                [game, mixture, PAPER_RATIOS[mixture], *cells, ", ".join(map(str, metrics["deviators"])), metrics["pairs"]]
+            )
+    text = "Trajectories of each kind, counted in the datasets, and their mean return.\n\n"
+    header = ["game", "data", "ratio in the paper", "expert", "unilateral", "rookie", "trivial", "deviations by agent", "pairs"]
+    return text + markdown(header, rows)
+
+
+def table2(scale: str) -> str:
+    rows, cells = [], {preset: [] for preset in PRESETS}
+    for preset in PRESETS:
+        for mixture in MIXTURES:
+            for game in GAMES:
+                found = results(standard(game, mixture), scale, preset)
+                cells[preset].append(found)
+                errors = [metrics["reward"]["reward/standardized_mse"] for metrics in found]
+                published = paper_score(game, PAPER_TABLE2[mixture][game])
+                rows.append([preset, mixture, game, *policy_row(found, published), summary(errors, 3)])
+    text = "Reward MSE: between the standardised predicted and true step rewards of the test part of the same dataset.\n\n"
+    text += markdown(["settings", "data", "game", *POLICY_HEADER, "reward MSE"], rows) + "\n" + iqm_lines(cells)
+    return text + learning_curves(scale)
+
+
+def learning_curves(scale: str) -> str:
+    path, drawn = RESULTS / f"learning-curves-{scale}.png", False
+    figure, axes = plt.subplots(len(PRESETS), len(GAMES), figsize=(13, 6.5), squeeze=False)
+    for line, preset in zip(axes, PRESETS, strict=True):
+        for axis, game in zip(line, GAMES, strict=True):
+            for mixture in MIXTURES:
+                histories = column(results(standard(game, mixture), scale, preset), "history")
+                if histories:
+                    updates, returns = np.array(histories[0])[:, 0], np.array(histories)[:, :, 1]
+                    axis.plot(updates, returns.mean(axis=0), label=f"{mixture} ({len(returns)})")
+                    axis.fill_between(updates, returns.min(axis=0), returns.max(axis=0), alpha=0.15)
+                    drawn = True
+            axis.set(title=f"{game}, {preset} settings", xlabel="updates of VDN", ylabel="test return")
+            if axis.lines:
+                axis.legend(fontsize=7)
+    if not drawn:
+        plt.close(figure)
+        return ""
+    return save(figure, path, "Test returns while the policy learns: mean over seeds (their number) and their range")
+
+
+def save(figure, path: Path, title: str) -> str:
+    figure.tight_layout()
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+    return f"\n![{title}]({path.name})\n\n{title}.\n"
+
+
+def table3(scale: str) -> str:
+    rows, cells = [], {preset: [] for preset in PRESETS}
+    for preset in PRESETS:
+        for game in GAMES:
+            variants = {beta: standard(game, beta=beta) for beta in betas(game)} | {"alpha 0": standard(game, alpha=0.0)}
+            for name, cell in variants.items():
+                found = results(cell, scale, preset)
+                cells[preset].append(found)
+                published = PAPER_TABLE3[game].get(name)
+                published = None if published is None else paper_score(game, published)
+                label = name if name == "alpha 0" else f"beta {name:g}" + (" (standard)" if name == STANDARD_BETA[game] else "")
+                rows.append([preset, game, label, *policy_row(found, published)])
+    text = "Diversified data. In the row of alpha 0 beta is the standard one, in all others alpha is 1.\n\n"
+    return text + markdown(["settings", "game", "", *POLICY_HEADER], rows) + "\n" + iqm_lines(cells)
+
+
+def table5(scale: str) -> str:
+    text = "Settings in which `--preset paper` and the defaults differ, or one game from the others, read from the scripts.\n\n"
+    rows = []
+    for stage, module in STAGES.items():
+        if stage == "collect_data":
+            continue
+        default, paper = (module.PRESETS[name] for name in PRESETS)
+        first = module.Args()
+        for field in fields(module.Args):
+            if field.name in ("preset", "run_name"):
+                continue
+
+            def value(preset: dict, game: str, name: str = field.name, first=first):
+                return preset.get(game, {}).get(name, preset.get("all", {}).get(name, getattr(first, name)))
+
+            by_preset = [[value(preset, game) for game in GAMES] for preset in (paper, default)]
+            if any(len(set(values)) > 1 for values in by_preset) or by_preset[0] != by_preset[1]:
+                cells = [", ".join(map(str, v)) if len(set(v)) > 1 else str(v[0]) for v in by_preset]
+                rows.append([f"{stage}.py", f"`--{field.name.replace('_', '-')}`", *cells])
+    games = ", ".join(GAMES)
+    return text + markdown(["script", "flag", f"paper (several: {games})", f"default (several: {games})"], rows)
+
+
+def table6(scale: str) -> str:
+    rows, cells = [], {preset: [] for preset in PRESETS}
+    for preset in PRESETS:
+        for mixture in ("mix-unilateral", "pure-expert"):
+            for position, env in enumerate(MANY_AGENTS):
+                found = results(standard(env, mixture), scale, preset)
+                cells[preset].append(found)
+                num_agents = int(env[7])
+                published = PAPER_TABLE6[mixture][position] * num_agents / 5  # to one episode, mean over agents
+                rows.append([preset, mixture, num_agents, *policy_row(found, paper_score(env, published))])
+    random = [f"{STAGES['vdn_rlhf'].make_game(env).low:.2f}" for env in MANY_AGENTS]
+    text = f"Spread with 5 landmarks, alpha 1, beta 1. Random policy, 4 to 7 agents: {', '.join(random)} (score 0).\n\n"
+    return text + markdown(["settings", "data", "agents", *POLICY_HEADER], rows) + "\n" + iqm_lines(cells)
+
+
+def table7(scale: str) -> str:
+    rows = []
+    for preset in PRESETS:
+        for game in GAMES:
+            for part, name in (("training", "losses/training_nll"), ("held out", "losses/nll")):
+                found = [results(reward_cell(game, alpha=alpha), scale, preset) for alpha in ALPHAS]
+                rows.append([preset, game, part, len(found[0]), *[short_summary(column(cell, name), 3) for cell in found]])
+    for game in GAMES:
+        rows.append(["in the paper", game, "training", "", *[f"{value:.3f}" for value in PAPER_TABLE7[game]]])
+    text = "Negative log-likelihood per label (chance: 0.693), diversified data, mean ± standard deviation over seeds.\n\n"
+    return text + markdown(["settings", "game", "part", "seeds", *[f"alpha {alpha:g}" for alpha in ALPHAS]], rows)
+
+
+def short_summary(values: list[float], digits: int) -> str:
+    return summary(values, digits).split(" [")[0]
+
+
+def draw_example(axis, found: list[dict], title: str, average: bool = False) -> bool:
+    axis.set(title=title, xlabel="step", ylabel="standardised reward")
+    if not found:
+        return False
+    metrics = found[0]
+    for name, style in (("true", "-"), ("predicted", "--")):
+        values = np.array(metrics["example"][name])  # (T, A)
+        values = values.mean(axis=1, keepdims=True) if average else values
+        for agent in range(values.shape[1]):
+            axis.plot(values[:, agent], style, color=f"C{agent}", label=name if agent == 0 else None)
+    axis.set_title(f"{title}\nspikiness {metrics['spikiness']:.2f} (true rewards: {metrics['true_spikiness']:.2f})", fontsize=9)
+    axis.legend(fontsize=7)
+    return True
+
+
+def examples(scale: str, path: Path, panels: list[tuple[str, Cell, bool]], title: str) -> str:
+    """A figure of the same fresh episode as different reward models see it, one line for each preset."""
+    width = max(len(panels) if len(panels) < 6 else 3, 1)
+    height = -(-len(panels) // width)
+    figure, axes = plt.subplots(len(PRESETS) * height, width, figsize=(4 * width, 2.9 * len(PRESETS) * height), squeeze=False)
+    drawn = False
+    for p, preset in enumerate(PRESETS):
+        for i, (name, cell, average) in enumerate(panels):
+            axis = axes[p * height + i // width, i % width]
+            drawn |= draw_example(axis, results(cell, scale, preset), f"{name}, {preset} settings", average)
+    if not drawn:
+        plt.close(figure)
+        return ""
+    return save(figure, path, title)
+
+
+EXAMPLE = "One fresh episode of the expert: true (solid) and predicted (dashed) rewards, colours are agents, both standardised"
+
+
+def figure2(scale: str) -> str:
+    panels = [(f"(a) spread, diversified, alpha {alpha:g}", reward_cell("spread", alpha=alpha), True) for alpha in (0.0, 1.0)]
+    panels.append(("(b1) reference, pure-expert, alpha 1", reward_cell("reference", "pure-expert"), False))
+    panels.append(("(b2) reference, diversified, alpha 0", reward_cell("reference", alpha=0.0), False))
+    panels.append(("(b3) reference, diversified, alpha 1", reward_cell("reference"), False))
+    title = f"{EXAMPLE} (a: averaged over agents). Spikiness: mean squared change from step to step over 1,024 trajectories"
+    rows = []
+    for name, cell, _ in panels:
+        for preset in PRESETS:
+            found = results(cell, scale, preset)
+            values = [[metrics[key] for metrics in found] for key in ("spikiness", "true_spikiness", "reward/correlation")]
+            rows.append([name, preset, len(found), *[short_summary(value, 3) for value in values]])
+    header = ["", "settings", "seeds", "spikiness", "of the true rewards", "correlation with the true rewards"]
+    return markdown(header, rows) + examples(scale, RESULTS / f"figure2-{scale}.png", panels, title)
+
+
+def figure3(scale: str) -> str:
+    figure, axes = plt.subplots(1, len(PRESETS), figsize=(11, 4), squeeze=False)
+    for axis, preset in zip(axes[0], PRESETS, strict=True):
+        for alpha in ALPHAS:
+            found = results(reward_cell("spread", alpha=alpha), scale, preset)
+            if found:
+                history = np.array(found[0]["history"])
+                axis.plot(history[:, 0], history[:, 1], label=f"alpha {alpha:g}")
+        axis.set(title=f"spread, diversified, {preset} settings", xlabel="epoch", ylabel="NLL, early-stopping part")
+        if axis.lines:
+            axis.legend(fontsize=7)
+    if not any(axis.lines for axis in axes[0]):
+        plt.close(figure)
+        return "missing\n"
+    return save(figure, RESULTS / f"figure3-{scale}.png", "Reward models over alpha while they learn (first seed)")
+
+
+def figure4(scale: str) -> str:
+    kinds = (("pure-expert", 1.0), ("diversified", 0.0), ("diversified", 1.0))
+    panels = [
+        (f"{game}, {mixture}, alpha {alpha:g}", reward_cell(game, mixture, alpha=alpha), False)
+        for game in GAMES
+        for mixture, alpha in kinds
+    ]
+    return examples(scale, RESULTS / f"figure4-{scale}.png", panels, EXAMPLE) or "missing\n"
+
+
+def compare(first: list[float], second: list[float]) -> str:
+    """The difference of two means over seeds with its 95 % interval (Welch), and whether it is above 0."""
+    if len(first) < 2 or len(second) < 2:
+        return "not enough seeds"
+    difference = np.mean(first) - np.mean(second)
+    if np.std(first) + np.std(second) == 0:
+        return f"{difference:+.2f}"
+    interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    verdict = "**holds**" if interval.low > 0 else "**does not hold**" if interval.high < 0 else "undecided"
+    return f"{verdict}: {difference:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def claims(scale: str) -> str:
+    """The paper's claims, each a difference that should be above 0."""
+    rows = []
+    for preset in PRESETS:
+
+        def scores(cell, preset=preset):
+            return column(results(cell, scale, preset), "score")
+
+        def errors(cell, preset=preset):
+            return [metrics["reward"]["reward/standardized_mse"] for metrics in results(cell, scale, preset)]
+
+        def likelihoods(alpha, game, preset=preset):
+            return column(results(reward_cell(game, alpha=alpha), scale, preset), "losses/nll")
+
+        for game in GAMES:
+            by_mixture = {mixture: standard(game, mixture) for mixture in MIXTURES}
+            text = compare(errors(by_mixture["pure-expert"]), errors(by_mixture["mix-expert"]))
+            rows.append(["trivial data helps reward learning: MSE of pure-expert minus mix-expert", preset, game, text])
+            text = compare(scores(by_mixture["mix-unilateral"]), scores(by_mixture["mix-expert"]))
+            rows.append(["unilateral data helps: score of mix-unilateral minus mix-expert", preset, game, text])
+            deviations = [np.std(scores(cell), ddof=1) for cell in by_mixture.values() if len(scores(cell)) > 1]
+            text = "not enough seeds"
+            if len(deviations) == len(MIXTURES):
+                others = ", ".join(f"{deviation:.2f}" for deviation in deviations[1:])
+                verdict = "**holds**" if deviations[0] < min(deviations[1:]) else "**does not hold**"
+                text = f"{verdict} (no interval): {deviations[0]:.2f} against {others}"
+            rows.append(
+                ["diversity lowers variance: deviation of the scores against that on the other data", preset, game, text]
+            )
+            text = compare(scores(standard(game)), scores(standard(game, beta=0.0)))
+            rows.append(["the KL term helps: score with the standard beta minus beta 0", preset, game, text])
+            text = compare(scores(standard(game)), scores(standard(game, beta=100.0)))
+            rows.append(["beta can be too large: score with the standard beta minus beta 100", preset, game, text])
+            text = compare(scores(standard(game)), scores(standard(game, alpha=0.0)))
+            rows.append(["the smoothness term helps the policy: score with alpha 1 minus alpha 0", preset, game, text])
+            text = compare(likelihoods(0.0, game), likelihoods(1.0, game))
+            rows.append(
+                ["the smoothness term helps the reward model: held-out NLL with alpha 0 minus alpha 1", preset, game, text]
+            )
+    order = {row[0]: position for position, row in enumerate(rows)}
+    rows.sort(key=lambda row: order[row[0]])
+    text = "Differences of means over seeds with 95 % intervals (Welch); a claim holds where the interval is above 0.\n\n"
+    return text + markdown(["claim, as a difference that it says is positive", "settings", "game", ""], rows)
+
+
+SECTIONS = {
+    "table1": ("Table 1: the datasets", table1),
+    "table2": ("Table 2: the datasets' coverage", table2),
+    "table3": ("Table 3: beta and alpha", table3),
+    "table5": ("Table 5: settings", table5),
+    "table6": ("Table 6: number of agents", table6),
+    "table7": ("Table 7: likelihood over alpha", table7),
+    "figure2": ("Figure 2: what the smoothness term does to the rewards", figure2),
+    "figure3": ("Figure 3: training curves over alpha", figure3),
+    "figure4": ("Figure 4: learned rewards in all games", figure4),
+    "claims": ("Which of the paper's claims hold here", claims),
+}
+
+
+def num_measured(name: str, scale: str) -> tuple[int, int]:
+    cells = list_cells("table2" if name == "claims" else name, scale)
+    return sum(cell.result_path.exists() for cell in cells), len(cells)
+
+
+def write_report() -> None:
+    """benchmark/results/README.md: every section for every scale that has results."""
+    lines = [f"# Results\n\n{INTRODUCTION}"]
+    for name, (title, make) in SECTIONS.items():
+        for scale in ("paper", "cpu"):
+            measured, total = num_measured(name, scale)
+            if name == "table5" and scale == "paper":
+                lines += [f"## {title}\n", make(scale)]
+            elif measured:
+                lines += [f"## {title} (scale {scale}: {measured} of {total} runs)\n", make(scale)]
+    (RESULTS / "README.md").write_text("\n".join(lines))
+
+
+@dataclass
+class Args:
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """table1, table2, ..., figure4, claims, or all: what to print"""
+    scale: str = "cpu"
+    """smoke, cpu or paper"""
+
+
+def main(args: Args) -> int:
+    names = tuple(SECTIONS) if args.names == ("all",) else args.names
+    for name in names:
+        if name not in SECTIONS or args.scale not in SCALES:
+            print(
+                f"error: {name} --scale {args.scale}: choose from {', '.join(SECTIONS)}; {', '.join(SCALES)}", file=sys.stderr
+            )
+            return 2
+        title, make = SECTIONS[name]
+        print(f"{title} (scale {args.scale})\n\n{make(args.scale)}")
+    write_report()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))

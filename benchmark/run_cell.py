@@ -1,0 +1,271 @@
+"""One cell of a table for one seed: the stages that it needs, then benchmark/results/<scale>/<cell>-<key>.json. The key is a
+hash of every setting of every stage and of the shipped policies, so that a result is only reused for what made it. Datasets,
+reward models and policies stay in runs/<game>/<mixture>-<scale>/ and are shared between cells.
+
+Usage: python benchmark/run_cell.py --kind policy --env spread --dataset diversified --seed 4 --scale cpu
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import platform
+import sys
+import time
+import traceback
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+import tyro
+
+import collect_data
+import evaluate
+import train_bc
+import train_reward
+import vdn_rlhf
+from collect_data import NEUTRAL_ARGS, ParticleEnv, make_actor, make_game, rollout, save_file
+
+VERSION = 1  # to be raised when a change of the code, not of a setting, changes results
+DATASET_SEED, TEST_SEED = 2, 12345  # settings were chosen on dataset seed 1; start states of the test episodes
+STAGES = {"collect_data": collect_data, "train_reward": train_reward, "train_bc": train_bc, "vdn_rlhf": vdn_rlhf}
+NEEDED = {"dataset": ["collect_data"], "reward": ["collect_data", "train_reward"], "policy": list(STAGES)}
+
+
+@dataclass(frozen=True)
+class Scale:
+    seeds: tuple[int, ...]
+    test_episodes: int
+    num_trajectories: int
+    overrides: dict
+    """by preset and stage; what is not there has the value of the preset"""
+
+
+SCALES = {
+    "paper": Scale((4, 5, 6, 7, 8), 4096, 38_400, {}),
+    "cpu": Scale(
+        *((4, 5, 6), 4096, 9_728),
+        {
+            "default": {
+                "train_reward": dict(max_epochs=16),
+                "train_bc": dict(max_epochs=16),
+                "vdn_rlhf": dict(imitation_updates=2_000, num_updates=2_000),
+            },
+            "paper": {
+                "train_reward": dict(max_epochs=25),
+                "train_bc": dict(max_epochs=25),
+                "vdn_rlhf": dict(num_updates=2_500),
+            },
+        },
+    ),
+    "smoke": Scale(
+        *((4,), 128, 768),
+        {
+            preset: {
+                "train_reward": dict(max_epochs=4),
+                "train_bc": dict(max_epochs=2),
+                "vdn_rlhf": dict(num_updates=20) | (dict(imitation_updates=20) if preset == "default" else {}),
+            }
+            for preset in ("default", "paper")
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    kind: str = "policy"
+    """dataset (how it is mixed), reward (a reward model) or policy (all stages)"""
+    env: str = "spread"
+    """spread, tag, reference or, with 4 to 7 agents and 5 landmarks, spread-4x5 to spread-7x5"""
+    dataset: str = "diversified"
+    """the mixture of Table 1: diversified, mix-unilateral, mix-expert or pure-expert"""
+    preset: str = "default"
+    """default, or paper: the values of the paper's Table 5"""
+    alpha: float = 1.0
+    """weight of the smoothness term, Eq. (1)"""
+    beta: float = 1.0
+    """weight of the KL term, Eq. (3)"""
+    seed: int = 4
+    """of the training; the dataset has its own"""
+    scale: str = "paper"
+    """smoke, cpu or paper: sizes, see SCALES"""
+
+    def __str__(self) -> str:
+        parts = [self.kind, self.env, self.dataset]
+        if self.kind != "dataset":
+            parts += [self.preset, f"alpha{self.alpha:g}"]
+        if self.kind == "policy":
+            parts.append(f"beta{self.beta:g}")
+        return "-".join(parts if self.kind == "dataset" else [*parts, f"seed{self.seed}"])
+
+    def command(self) -> str:
+        """The command that makes the result."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        words = ["python benchmark/run_cell.py", *(f"--{name} {value}" for name, value in changed.items())]
+        return " ".join(words)
+
+    @property
+    def folder(self) -> Path:
+        return Path(f"runs/{self.env}/{self.dataset}-{self.scale}")
+
+    @property
+    def log_path(self) -> Path:
+        return Path(f"runs/logs/{self.scale}-{self}.log")
+
+    @property
+    def result_path(self) -> Path:
+        key = hashlib.sha256(json.dumps([VERSION, TEST_SEED, self.settings()], sort_keys=True).encode()).hexdigest()[:8]
+        return Path(f"benchmark/results/{self.scale}/{self}-{key}.json")
+
+    def result(self) -> dict | None:
+        return json.loads(self.result_path.read_text()) if self.result_path.exists() else None
+
+    def args(self, stage: str):
+        """The Args of a stage: the preset's for the game, then the scale's, then the cell's."""
+        module, scale, game = STAGES[stage], SCALES[self.scale], self.env.split("-")[0]
+        preset = module.PRESETS.get(self.preset, {}) if stage != "collect_data" else {}
+        values = preset.get("all", {}) | preset.get(game, {}) | scale.overrides.get(self.preset, {}).get(stage, {})
+        values |= dict(env=game, dataset=self.dataset, data_path=str(self.folder / "dataset.npz"))
+        if "x" in self.env:
+            num_agents, num_landmarks = self.env.split("-")[1].split("x")
+            values |= dict(num_agents=int(num_agents), num_landmarks=int(num_landmarks))
+        if stage == "collect_data":
+            values |= dict(seed=DATASET_SEED, num_trajectories=scale.num_trajectories)
+        else:
+            values |= dict(seed=self.seed, preset=self.preset)
+        if stage in ("train_reward", "vdn_rlhf"):
+            values |= dict(alpha=self.alpha)
+        if stage == "vdn_rlhf":
+            values |= dict(beta=self.beta)
+        return module.Args(**values)
+
+    def settings(self) -> dict[str, dict]:
+        """All that changes the result, by stage."""
+        stages = {stage: vars(self.args(stage)) for stage in NEEDED[self.kind] if stage != "collect_data"}
+        settings = {stage: {k: v for k, v in args.items() if k not in NEUTRAL_ARGS} for stage, args in stages.items()}
+        shipped = {
+            path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in Path(f"policies/{self.env}").glob("*.pt")
+        }
+        dataset = collect_data.dataset_args(self.args("collect_data")) | dict(env=self.env, policies=shipped)
+        return {"collect_data": dataset} | settings
+
+    def path(self, stage: str) -> Path:
+        """The file that a stage writes."""
+        run_name = "" if self.preset == "default" else f"-{self.preset}"
+        names = dict(collect_data="dataset.npz", train_reward=f"reward{run_name}-alpha{self.alpha:g}-seed{self.seed}.pt")
+        names |= dict(train_bc=f"bc{run_name}-seed{self.seed}.pt")
+        names |= dict(vdn_rlhf=f"vdn{run_name}-beta{self.beta:g}-alpha{self.alpha:g}-seed{self.seed}.pt")
+        return self.folder / names[stage]
+
+
+@contextlib.contextmanager
+def only_one(path: Path):
+    """Wait until no other process makes that file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.cell"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure_dataset(cell: Cell) -> dict:
+    with np.load(cell.path("collect_data")) as file:
+        data = {name: torch.from_numpy(file[name]) for name in ("true_rewards", "behavior", "deviator", "pairs")}
+    returns = data["true_rewards"].sum(dim=1).mean(dim=1)  # (N,)
+    metrics = {}
+    for behavior, name in enumerate(("expert", "unilateral", "rookie", "trivial")):
+        chosen = data["behavior"] == behavior
+        metrics[name] = dict(
+            trajectories=int(chosen.sum()), mean_return=returns[chosen].mean().item() if chosen.any() else None
+        )
+    return metrics | dict(pairs=len(data["pairs"]), deviators=torch.bincount(data["deviator"].long() + 1).tolist()[1:])
+
+
+@torch.no_grad()
+def measure_reward(cell: Cell) -> dict:
+    """The trainer's metrics and history; `example` is one fresh episode of the shipped expert, the same for every model: true
+    and predicted rewards, both standardised, [step][agent]; spikiness: mean squared change from step to step of the
+    standardised rewards, over the first 1,024 trajectories of the dataset."""
+    path = cell.path("train_reward")
+    checkpoint = train_reward.load_checkpoint(path, ("reward",))
+    model = train_reward.build_network(train_reward.RewardNetwork, path, checkpoint, "cpu")
+    metrics = checkpoint["metrics"] | {"epochs": len(checkpoint["metrics"]["history"])}
+    data, _ = train_reward.load_dataset(cell.path("collect_data"), cell.env, ("observations", "actions", "true_rewards"))
+    stats, true = checkpoint["stats"], data["true_rewards"]
+    true_mean, true_std = true.mean(), true.std(correction=0).clamp(min=1e-8)
+
+    def predict(observations, actions):
+        return (model(observations[:, :-1].float(), actions) - stats["mean"]) / max(stats["std"], 1e-8)
+
+    def spikiness(rewards):
+        return (rewards[:, 1:] - rewards[:, :-1]).square().mean().item()
+
+    metrics["spikiness"] = spikiness(predict(data["observations"][:1024], data["actions"][:1024]))
+    metrics["true_spikiness"] = spikiness((true[:1024] - true_mean) / true_std)
+    game, shipped = make_game(cell.env), Path(f"policies/{cell.env}/expert.pt")
+    expert = collect_data.load_checkpoint(shipped, ("vdn", "pathwise"))
+    expert = collect_data.build_network(collect_data.AgentNetwork, shipped, expert, "cpu")
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    env = ParticleEnv(game, 1, "cpu")
+    observations, actions, rewards = rollout(env, make_actor(expert, game.num_actions, generator), env.reset(generator))
+    example = dict(true=(rewards[0] - true_mean) / true_std, predicted=predict(observations, actions)[0])
+    rounded = {name: [[round(x, 3) for x in step] for step in values.tolist()] for name, values in example.items()}
+    return metrics | dict(example=rounded)
+
+
+def measure_policy(cell: Cell) -> dict:
+    """Returns and scores of the learned policy, of pi_ref and of the BC policy, greedy; the learning curve; the reward model's
+    metrics."""
+    reports = {}
+    for name, stage in (("", "vdn_rlhf"), ("bc_", "train_bc")):
+        args = evaluate.Args(str(cell.path(stage)), num_episodes=SCALES[cell.scale].test_episodes, seed=TEST_SEED)
+        report = evaluate.main(args)
+        reports |= {f"{name}return": report["charts/test_return"], f"{name}score": report.get("charts/score")}
+    trained = vdn_rlhf.load_checkpoint(cell.path("vdn_rlhf"), ("vdn",))["metrics"]
+    reference = make_game(cell.env).metrics(trained["charts/reference_return"])
+    reports |= {"reference_return": reference["charts/test_return"], "reference_score": reference.get("charts/score")}
+    reports["log_pi_ref"] = trained["charts/log_pi_ref"]
+    reports["history"] = [[entry["update"], entry["charts/test_return"]] for entry in trained["history"]]
+    reward_metrics = train_reward.load_checkpoint(cell.path("train_reward"), ("reward",))["metrics"]
+    return reports | {"reward": {name: value for name, value in reward_metrics.items() if isinstance(value, float)}}
+
+
+def run_cell(cell: Cell) -> None:
+    """Make the result if it is missing. Raises what went wrong, after it was written to the log."""
+    if cell.result_path.exists():
+        return
+    cell.log_path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    with open(cell.log_path, "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            print("$", cell.command(), flush=True)
+            vdn_rlhf.TEST_EPISODES = train_bc.TEST_EPISODES = num_episodes = SCALES[cell.scale].test_episodes
+            vdn_rlhf.HISTORY_EPISODES = min(vdn_rlhf.HISTORY_EPISODES, num_episodes)
+            for stage in NEEDED[cell.kind]:
+                with only_one(cell.path(stage)):
+                    if not cell.path(stage).exists():
+                        STAGES[stage].main(cell.args(stage))
+            measure = {"dataset": measure_dataset, "reward": measure_reward, "policy": measure_policy}[cell.kind]
+            metrics = measure(cell)
+        except BaseException:
+            traceback.print_exc()
+            raise
+    machine = f"{platform.machine()}, {torch.get_num_threads()} thread"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    result = dict(cell=vars(cell), command=cell.command(), metrics=metrics, settings=cell.settings())
+    result |= dict(seconds=round(time.time() - start), machine=machine, torch=torch.__version__)
+    save_file(cell.result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+
+
+if __name__ == "__main__":
+    cell = tyro.cli(Cell)
+    try:
+        run_cell(cell)
+    except BaseException as error:
+        print(f"failed: {cell.command()} (see {cell.log_path}): {error}", file=sys.stderr)
+        sys.exit(1)
+    print(cell.result_path)

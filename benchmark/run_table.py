@@ -1,0 +1,121 @@
+"""The runs behind the paper's tables and figures: makes the results that are missing; benchmark/report.py prints them. Can be
+stopped and started again at any time. table1.sh and its sisters call both.
+
+Usage: python benchmark/run_table.py table2 --scale cpu
+       python benchmark/run_table.py table2 --scale cpu --print-commands | xargs -P 8 -I{} sh -c {}     (README: many machines)
+"""
+
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import tyro
+from run_cell import SCALES, Cell, run_cell
+from tqdm import tqdm
+
+GAMES = ("spread", "tag", "reference")
+MIXTURES = ("diversified", "mix-unilateral", "mix-expert", "pure-expert")
+PRESETS = ("default", "paper")
+STANDARD_BETA = {"spread": 1.0, "tag": 3.0, "reference": 1.0}  # section 5.3
+BETAS = (0.0, 0.1, 1.0, 10.0, 100.0)  # Table 3; for tag also the standard 3
+ALPHAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # Table 7
+MANY_AGENTS = ("spread-4x5", "spread-5x5", "spread-6x5", "spread-7x5")  # Table 6
+
+
+def standard(env: str, dataset: str = "diversified", **changes) -> Cell:
+    """The standard pipeline on that dataset, but for the changes."""
+    return Cell(**dict(env=env, dataset=dataset, beta=STANDARD_BETA[env.split("-")[0]]) | changes)
+
+
+def betas(env: str) -> tuple[float, ...]:
+    return tuple(sorted({*BETAS, STANDARD_BETA[env]}))
+
+
+def reward_cell(env: str, dataset: str = "diversified", **changes) -> Cell:
+    return Cell(**dict(kind="reward", env=env, dataset=dataset) | changes)
+
+
+TABLES = {  # by name: its cells for one seed and preset
+    "table1": lambda: [Cell("dataset", game, mixture) for game in GAMES for mixture in MIXTURES],
+    "table2": lambda: [standard(game, mixture) for mixture in MIXTURES for game in GAMES],
+    "table3": lambda: (
+        [standard(game, beta=beta) for game in GAMES for beta in betas(game)] + [standard(game, alpha=0.0) for game in GAMES]
+    ),
+    "table5": lambda: [],  # is read from the code
+    "table6": lambda: [standard(env, mixture) for env in MANY_AGENTS for mixture in ("mix-unilateral", "pure-expert")],
+    "table7": lambda: [reward_cell(game, alpha=alpha) for game in GAMES for alpha in ALPHAS],
+    "figure2": lambda: (
+        [reward_cell("spread", alpha=alpha) for alpha in (0.0, 1.0)]
+        + [reward_cell("reference", "pure-expert"), reward_cell("reference", alpha=0.0), reward_cell("reference")]
+    ),
+    "figure3": lambda: [reward_cell("spread", alpha=alpha) for alpha in ALPHAS],
+    "figure4": lambda: [
+        reward_cell(game, mixture, alpha=alpha)
+        for game in GAMES
+        for mixture, alpha in (("pure-expert", 1.0), ("diversified", 0.0), ("diversified", 1.0))
+    ],
+}
+ONE_SEED = ("figure2", "figure3", "figure4")  # their first; the other tables have all of the scale's seeds
+
+
+def list_cells(table: str, scale: str) -> list[Cell]:
+    """All cells of a table; the first seed of every cell comes before the second of any."""
+    if table == "table1":
+        return [Cell(**vars(cell) | dict(scale=scale)) for cell in TABLES[table]()]
+    seeds = SCALES[scale].seeds[: 1 if table in ONE_SEED else None]
+    return [
+        Cell(**vars(cell) | dict(scale=scale, seed=seed, preset=preset))
+        for seed in seeds
+        for preset in PRESETS
+        for cell in TABLES[table]()
+    ]
+
+
+@dataclass
+class Args:
+    tables: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """table1, table2, ..., figure4, or all"""
+    scale: str = "cpu"
+    """smoke (minutes), cpu (ten core-hours for all tables) or paper (its sizes)"""
+    print_commands: bool = False
+    """only print the commands that are missing, one a line; they may run in any order and at once"""
+    num_processes: int = 1
+    """runs at once, one thread each"""
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+
+
+def main(args: Args) -> int:
+    names = list(TABLES) if args.tables == ("all",) else args.tables
+    unknown = [name for name in names if name not in TABLES]
+    if unknown or args.scale not in SCALES:
+        what, choices = (unknown[0], (*TABLES, "all")) if unknown else (f"--scale {args.scale}", SCALES)
+        print(f"error: {what}: unknown, choose from {', '.join(choices)}", file=sys.stderr)
+        return 2
+    cells = dict.fromkeys(cell for name in names for cell in list_cells(name, args.scale))
+    missing = [cell for cell in cells if not cell.result_path.exists()]
+    if args.print_commands:
+        print("\n".join(cell.command() for cell in missing))
+        return 0
+
+    failed = []
+    with ProcessPoolExecutor(args.num_processes, get_context("spawn"), start_worker) as pool:
+        jobs = {pool.submit(run_cell, cell): cell for cell in missing}
+        title = f"{' '.join(names)}, scale {args.scale}"
+        for job in tqdm(as_completed(jobs), total=len(cells), initial=len(cells) - len(missing), desc=title, unit="run"):
+            if job.exception() is not None:
+                failed.append(jobs[job])
+                tqdm.write(f"failed: {jobs[job].command()} (see {jobs[job].log_path}): {job.exception()}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))

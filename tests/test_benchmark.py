@@ -1,0 +1,157 @@
+"""The runs behind the tables: what is missing runs, what is there does not, and tables tell what was measured."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import report  # noqa: E402
+import run_cell  # noqa: E402
+import run_table  # noqa: E402
+from run_cell import Cell  # noqa: E402
+
+ONE_CELL = """
+import sys, tyro
+import run_table
+run_table.PRESETS = ("default",)
+run_table.TABLES = {"table2": lambda: [run_table.standard("spread", "mix-expert")]}
+if __name__ == "__main__":
+    sys.exit(run_table.main(tyro.cli(run_table.Args)))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the benchmark needs, without any result."""
+    for script in run_cell.STAGES | {"evaluate": None}:
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    (tmp_path / "benchmark/results").mkdir(parents=True)
+    for path in (ROOT / "benchmark").iterdir():
+        if path.suffix in (".py", ".sh"):
+            shutil.copy(path, tmp_path / "benchmark")
+    shutil.copytree(ROOT / "policies/spread", tmp_path / "policies/spread")
+    return tmp_path
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+
+
+def without_timings(result: dict) -> dict:
+    metrics = {name: value for name, value in result["metrics"].items() if not name.startswith("speed")}
+    metrics["reward"] = {name: value for name, value in metrics.get("reward", {}).items() if not name.startswith("speed")}
+    return result | dict(seconds=0, metrics=metrics)
+
+
+def test_printed_commands_make_the_results_of_the_script(checkout):
+    """One policy cell at the smoke scale, by the script and by the line that it prints."""
+    (checkout / "benchmark/one_cell.py").write_text(ONE_CELL)
+    main = "python benchmark/one_cell.py table2 --scale smoke"
+    printed = run(f"{main} --print-commands", checkout)
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout == "python benchmark/run_cell.py --dataset mix-expert --scale smoke\n"
+    [cell] = [c for c in run_table.list_cells("table2", "smoke") if str(c).startswith("policy-spread-mix-expert-default")]
+    assert run(main, checkout).returncode == 0
+    by_script = json.loads((checkout / cell.result_path).read_text())
+    assert run(f"{main} --print-commands", checkout).stdout == "\n", "nothing is missing any more"
+
+    shutil.rmtree(checkout / "runs")
+    (checkout / cell.result_path).unlink()
+    assert run(printed.stdout, checkout).returncode == 0
+    assert without_timings(json.loads((checkout / cell.result_path).read_text())) == without_timings(by_script)
+    assert by_script["metrics"]["history"][-1][0] == 20
+    assert by_script["cell"]["dataset"] == "mix-expert" and by_script["settings"]["vdn_rlhf"]["num_updates"] == 20
+
+
+def test_a_failed_run_fails_the_script_and_names_command_and_log(checkout):
+    (checkout / "benchmark/one_cell.py").write_text(ONE_CELL)
+    (checkout / "policies/spread/expert.pt").write_bytes(b"no checkpoint")
+    done = run("sed -i s/run_table.py/one_cell.py/ benchmark/table.sh && bash benchmark/table2.sh --scale smoke", checkout)
+    assert done.returncode == 1
+    log = "runs/logs/smoke-policy-spread-mix-expert-default-alpha1-beta1-seed4.log"
+    failed = f"failed: python benchmark/run_cell.py --dataset mix-expert --scale smoke (see {log})"
+    assert failed in done.stderr
+    assert "expert.pt" in (checkout / log).read_text()
+    assert not list((checkout / "benchmark/results").rglob("*.json"))
+
+
+def test_unknown_tables_and_scales_are_one_line(checkout):
+    for flags in ("table9", "table1 --scale huge"):
+        done = run(f"python benchmark/run_table.py {flags}", checkout)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_result_belongs_to_the_settings_that_made_it(monkeypatch):
+    cell = Cell(scale="cpu")
+    path = cell.result_path
+    for change in (dict(seed=5), dict(beta=2.0), dict(scale="paper"), dict(preset="paper"), dict(dataset="pure-expert")):
+        assert Cell(**dict(scale="cpu") | change).result_path != path
+    monkeypatch.setattr(run_cell.train_bc.Args, "__init__", changed_default(run_cell.train_bc.Args, num_modes=6))
+    assert cell.result_path != path, "another default is another result"
+
+
+def changed_default(args_class, **changes):
+    original = args_class.__init__
+    return lambda self, **values: original(self, **changes | values)
+
+
+def test_commands_name_everything_that_differs():
+    for scale in run_cell.SCALES:
+        for name in run_table.TABLES:
+            cells = run_table.list_cells(name, scale)
+            commands = [cell.command() for cell in cells]
+            assert len(set(commands)) == len(set(cells)) == len({cell.result_path for cell in cells})
+
+
+def test_every_cell_of_the_paper_is_there():
+    """Numbers of cells of one seed, counted in the paper: 12, 12, 5 betas and alpha 0 in 3 games, 8, 8 alphas in 3 games."""
+    counts = {name: len(run_table.TABLES[name]()) for name in ("table1", "table2", "table3", "table6", "table7")}
+    assert counts == dict(table1=12, table2=12, table3=3 * 6 + 1, table6=8, table7=24)
+    cells = run_table.list_cells("table2", "paper")
+    assert len(cells) == 12 * 5 * 2 and {cell.beta for cell in cells if cell.env == "tag"} == {3.0}
+
+
+def test_scores_of_the_paper():
+    """35, 65 and 53 on diversified data; 94 and 8 in tag and reference on expert data."""
+    for mixture, games, scores in (
+        ("diversified", ("spread", "tag", "reference"), [35, 65, 53]),
+        ("pure-expert", ("tag", "reference"), [94, 8]),
+    ):
+        assert [round(report.paper_score(game, report.PAPER_TABLE2[mixture][game])) for game in games] == scores
+
+
+def test_summary_is_mean_deviation_and_t_interval():
+    """1, 2, 3: deviation 1, t quantile of two degrees of freedom 4.303, half interval 4.303 / sqrt(3) = 2.48."""
+    assert report.summary([1.0, 2.0, 3.0]) == "2.00 ± 1.00 [-0.48, 4.48]"
+    assert report.summary([1.0]) == "1.00" and report.summary([]) == "missing"
+
+
+def test_interquartile_mean():
+    """Of 0, 1, ..., 7 the middle half is 2 to 5; a bootstrap that only has equal seeds in each cell has no width."""
+    assert report.interquartile_mean([[float(i)] * 3 for i in range(8)]) == "3.5 [3.5, 3.5]"
+    narrow, wide = (
+        report.interquartile_mean([[10.0 - d, 10.0, 10.0 + d], [20.0 - d, 20.0, 20.0 + d]]).split("[")[1] for d in (0.1, 5.0)
+    )
+    width = [float(high) - float(low) for low, high in (text.strip("]").split(", ") for text in (narrow, wide))]
+    assert width[0] < width[1]
+
+
+def test_claims_are_decided_by_the_interval():
+    generator = np.random.default_rng(0)
+    low, high = generator.normal(0, 1, 20), generator.normal(5, 1, 20)
+    assert report.compare(high, low).startswith("**holds**") and report.compare(low, high).startswith("**does not hold**")
+    assert report.compare(low, generator.normal(0, 1, 20)).startswith("undecided")
+    assert report.compare([1.0], [2.0]) == "not enough seeds"
+
+
+def test_table5_is_read_from_the_scripts():
+    text = report.table5("paper")
+    row = next(line for line in text.splitlines() if "vdn_rlhf.py" in line and "--num-updates" in line)
+    assert row.split("|")[3].strip() == "10000, 50000, 10000" and row.split("|")[4].strip() == "4000"
