@@ -10,6 +10,9 @@ Reported (text on stdout, JSON with --json-path):
     agent_returns       mean return of each agent
     episode_returns     of every episode, mean over its agents
 
+With --gif also a picture in motion: the same episodes as played by the random policy, by the BC policy that a learned policy
+was trained with (bc*.pt beside it), by the policy itself and by the shipped expert, side by side and drawn by the real package.
+
 With --nash-gap also how far the policy is from a Nash equilibrium. Nash-Gap(pi) (section 3) is the sum over agents of what
 agent i gains if it alone plays a best response to the others. For each agent one is trained by double DQN in the batched
 environment, on the agent's own reward and with its own observation, starting from the better of the policy itself and the
@@ -77,6 +80,8 @@ class Args:
     """fixes start states and sampled actions, the same ones for both backends"""
     json_path: str = ""
     """also write the report there"""
+    gif: str = ""
+    """also draw a few episodes there (NAME.gif), beside the same ones of the random policy, BC and the shipped expert"""
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, ...; physics run in float64, as mpe2's do"""
     num_threads: int = 1
@@ -86,6 +91,8 @@ class Args:
 
 
 EPISODES_AT_ONCE = 128  # in both backends, because a network's rounding depends on the size of its batch
+
+GIF_EPISODES, PANEL_SIZE, LABEL_SIZE = 3, 220, 24  # of --gif; sizes in pixels
 
 # Best responses of --nash-gap. The unit of margins is the standard deviation of what exploring changes in an agent's return.
 GAMMA, TD_LAMBDA, EPSILON, LEARNING_RATE, MARGIN = 0.95, 0.8, 0.1, 3e-3, 0.02
@@ -882,11 +889,14 @@ def mean_return(game, network, num_episodes: int, seed: int, device, sample=Fals
 
 def make_mpe2_env(game: Game):
     """The package's environment of a game, as a parallel environment of PettingZoo."""
-    from mpe2 import simple_reference_v3, simple_tag_v3  # imported here, because they start pygame
-    from mpe2._mpe_utils.core import Landmark
-    from mpe2._mpe_utils.simple_env import SimpleEnv
-    from mpe2.simple_spread import simple_spread
-    from pettingzoo.utils.conversions import aec_to_parallel
+    try:
+        from mpe2 import simple_reference_v3, simple_tag_v3  # imported here, because they start pygame
+        from mpe2._mpe_utils.core import Landmark
+        from mpe2._mpe_utils.simple_env import SimpleEnv
+        from mpe2.simple_spread import simple_spread
+        from pettingzoo.utils.conversions import aec_to_parallel
+    except ImportError as error:
+        raise UserError(f"--backend mpe2 and --gif need the package mpe2 ({error}); pip install mpe2") from None
 
     class SpreadScenario(simple_spread.Scenario):
         """With any number of landmarks; the package has as many as agents."""
@@ -923,6 +933,7 @@ class Mpe2Env:
                 agent.state.p_pos, agent.state.p_vel = position[i].copy(), velocity[i].copy()
                 if goals is not None:
                     agent.goal_b = world.landmarks[goals[n, i]]
+                    agent.goal_a.color = agent.goal_b.color  # the partner is drawn in the colour of its goal
             for i, entity in enumerate(world.landmarks):
                 entity.state.p_pos = landmark[i].copy()
         return self._observe()
@@ -1184,11 +1195,98 @@ def nash_gap(game: Game, network, args: Args, device) -> dict:
     return report | dict(best_responses=best_responses, num_updates=args.num_updates)
 
 
+def gif_policies(game: Game, network, checkpoint: dict | None, args: Args, device) -> dict[str, nn.Module | None]:
+    """Name -> policy of each panel of --gif, the policy itself (None and no checkpoint: random) among them."""
+    policies, path = {"random": None}, Path(args.policy_path)
+    if checkpoint is not None:
+        bc_hash = checkpoint["meta"].get("sources", {}).get("bc")
+        for bc_path in sorted(path.parent.glob("bc*.pt")) if bc_hash else []:
+            bc_checkpoint = load_checkpoint(bc_path, ("bc",))
+            bc_policy = build_network(AgentNetwork, bc_path, bc_checkpoint, device)
+            if hash_weights(bc_policy, bc_checkpoint["stats"]) == bc_hash:
+                policies["BC"] = bc_policy
+        if bc_hash and "BC" not in policies:
+            print(f"{args.gif}: no BC, because {path} was trained with none of {path.parent / 'bc*.pt'}")
+        policies["VDN-RLHF" if bc_hash else "BC" if checkpoint["kind"] == "bc" else path.stem[:16]] = network
+    path = Path(__file__).parent / "policies" / game.name / "expert.pt"
+    if path.exists():
+        policies.setdefault("expert", build_network(AgentNetwork, path, load_checkpoint(path, ("vdn", "pathwise")), device))
+    else:
+        print(f"{args.gif}: no expert, because {path} does not exist")
+    return policies
+
+
+def record(game: Game, network, args: Args, device) -> tuple[list, torch.Tensor]:
+    """GIF_EPISODES episodes in the package, the first that `play` would play of so many -> copies of its worlds, T + 1 lists of
+    E, and the return so far, mean over agents, (E, T + 1)."""
+    generator = torch.Generator(device).manual_seed(args.seed)
+    start, worlds = ParticleEnv(game, GIF_EPISODES, device, torch.float64), []
+    start.reset(generator)
+    env = Mpe2Env(game, GIF_EPISODES, device, generator)
+    act_policy = make_actor(network, game.num_actions, generator, args.sample)
+
+    def act(observations, step):
+        worlds.append([copy.deepcopy(x.unwrapped.world) for x in env.envs])
+        return act_policy(observations, step)
+
+    rewards = rollout(env, act, env.set_state(*start.state()))[2].mean(dim=2)  # (E, T)
+    return [*worlds, [x.unwrapped.world for x in env.envs]], F.pad(rewards.cumsum(dim=1), (1, 0))
+
+
+def draw_world(renderer, world, camera: float) -> np.ndarray:
+    """The package's picture, (700, 700, 3), of the square from -camera to camera and a ninth around it. By itself it zooms in
+    every frame to what is outermost; that is now a landmark of no size in the square's corner."""
+    corner = copy.deepcopy(world.landmarks[0])
+    corner.size, corner.state.p_pos = 0.0, np.full(2, camera)
+    for agent in world.agents:
+        agent.size = agent.size if agent.silent else 0.1  # those that speak would look like landmarks
+    world.agents = sorted(world.entities, key=lambda x: -x.size)  # in the order in which they are drawn
+    world.landmarks, renderer.world, renderer.original_cam_range = [corner], world, 1.0  # 1: discs to scale
+    return renderer.render()
+
+
+def save_gif(game: Game, policies: dict, args: Args, device) -> None:
+    """Draw the same episodes of all policies {name: network} side by side into the file args.gif."""
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError as error:
+        raise UserError(f"--gif needs the package pillow ({error}); pip install pillow") from None
+    recordings, episodes = [record(game, network, args, device) for network in policies.values()], range(GIF_EPISODES)
+    bodies = [[x for worlds, _ in recordings for step in worlds for x in step[e].entities] for e in episodes]
+    cameras = [max(abs(x.state.p_pos).max() + max(x.size, 0.1) for x in bodies[e]) for e in episodes]
+    renderer, font = make_mpe2_env(game).unwrapped, ImageFont.load_default(15)
+    renderer.render_mode, renderer.game_font.size, renderer.game_font.strong = "rgb_array", 32, True
+
+    def draw_frame(episode: int, step: int):
+        frame = Image.new("RGB", (len(policies) * PANEL_SIZE, LABEL_SIZE + PANEL_SIZE), "white")
+        draw = ImageDraw.Draw(frame)
+        for i, (name, (worlds, returns)) in enumerate(zip(policies, recordings, strict=True)):
+            picture = Image.fromarray(draw_world(renderer, worlds[step][episode], cameras[episode]))
+            frame.paste(picture.resize((PANEL_SIZE, PANEL_SIZE)), (i * PANEL_SIZE, LABEL_SIZE))
+            center, text = ((i + 0.5) * PANEL_SIZE, LABEL_SIZE / 2), f"{name}, return {returns[episode, step]:.1f}"
+            draw.text(center, text, fill="black", font=font, anchor="mm")
+            draw.line((i * PANEL_SIZE, 0, i * PANEL_SIZE, frame.height), fill="lightgray")
+        return frame
+
+    def write(file):
+        moments = [(episode, step) for episode in episodes for step in range(game.horizon + 1)]
+        frames = [draw_frame(*x) for x in tqdm(moments, desc=f"{game.name} as GIF", unit="frame", mininterval=1)]
+        some = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[:: game.horizon]]))
+        palette = some.quantize(64, Image.Quantize.MAXCOVERAGE)  # one for all frames, or colours would flicker
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+        durations = [1500 if step == game.horizon else 100 for _, step in moments]  # ms
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+    save_file(args.gif, write)
+
+
 def main(args: Args) -> dict:
     device = set_up(args)
+    if args.gif and Path(args.gif).suffix.lower() != ".gif":
+        raise UserError(f"--gif {args.gif}: the name must end in .gif")
     if args.nash_gap and args.backend == "mpe2":
         raise UserError("--nash-gap --backend mpe2: best responses learn in the batched environment; leave --backend out")
-    network, env = None, game_name(args)
+    network, checkpoint, env = None, None, game_name(args)
     if args.policy_path != "random":
         checkpoint = load_checkpoint(args.policy_path, ("vdn", "bc", "pathwise"))
         regularized = isinstance(checkpoint["meta"].get("network"), dict) and "reference" in checkpoint["meta"]["network"]
@@ -1204,6 +1302,8 @@ def main(args: Args) -> dict:
     if network is not None:
         sizes = (network.num_agents, network.observation_dim, network.num_actions, network.horizon)
         find_game(args.policy_path, env, sizes)
+    if args.gif:  # before the episodes of the report, so that its mistakes are told at once
+        save_gif(game, gif_policies(game, network, checkpoint, args, device), args, device)
 
     returns = play(game, network, args, device)  # (N, A)
     episode_returns = returns.mean(dim=1)
