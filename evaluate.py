@@ -386,13 +386,14 @@ def gru(x: torch.Tensor, layer: nn.GRU, memory: torch.Tensor | None) -> tuple[to
     """The recurrence of nn.GRU, with the parameters of `layer`. x (*S, B, T, A, H) -> (*S, B, T, A, H) and the state after the
     last step, which the next call takes as `memory`. Every agent of every episode is a sequence of its own."""
     runs, (B, _, A, _) = x.shape[:-4], x.shape[-4:]
-    gates = linear(x, layer.weight_ih_l0, layer.bias_ih_l0).to(layer.weight_hh_l0.dtype)
     weight, bias = layer.weight_hh_l0, layer.bias_hh_l0
+    H = weight.shape[-1]
+    gates = linear(x, layer.weight_ih_l0.roll(H, -2), layer.bias_ih_l0.roll(H, -1)).to(weight.dtype)  # r, z, n -> n, r, z
     if not runs:
         gates, weight, bias = gates[None], weight[None], bias[None]
     gates = gates.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (T, S, B * A, 3 * H)
     if memory is None:
-        memory = gates.new_zeros(gates.shape[1], B * A, weight.shape[-1])
+        memory = gates.new_zeros(gates.shape[1], B * A, H)
     states = GRURecurrence.apply(gates.contiguous(), memory, weight, bias)  # (T, S, B * A, H)
     outputs = states.unflatten(2, (B, A)).permute(1, 2, 0, 3, 4)
     return outputs if runs else outputs.squeeze(0), states[-1]
@@ -405,16 +406,18 @@ class GRURecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, memory, weight, bias):
-        """x (T, S, M, 3 * H): what the inputs add to the gates r, z, n; memory (S, M, H) -> states (T, S, M, H)."""
+        """x (T, S, M, 3 * H): what the inputs add to the gates n, r, z; memory (S, M, H) -> states (T, S, M, H)."""
         T, S, M, H = *x.shape[:3], memory.shape[-1]
         h, g, rz, n = (x.new_empty(steps, S, M, width) for steps, width in ((T + 1, H), (T, 3 * H), (T, 2 * H), (T, H)))
         h[0] = memory
+        (x_n, x_rz), (g_rz, g_n), (r, z) = x.split((H, 2 * H), dim=-1), g.split((2 * H, H), dim=-1), rz.split(H, dim=-1)
+        steps = zip(*(part.unbind() for part in (h[:-1], h[1:], x_n, x_rz, g, g_rz, g_n, rz, r, z, n)), strict=True)
         with torch.autocast(x.device.type, enabled=False):
-            for t in range(T):
-                torch.baddbmm(bias[:, None], h[t], weight.mT, out=g[t])
-                torch.add(x[t, ..., : 2 * H], g[t, ..., : 2 * H], out=rz[t]).sigmoid_()
-                torch.addcmul(x[t, ..., 2 * H :], rz[t, ..., :H], g[t, ..., 2 * H :], out=n[t]).tanh_()
-                torch.lerp(n[t], h[t], rz[t, ..., H:], out=h[t + 1])
+            for h_t, h_next, x_n_t, x_rz_t, g_t, g_rz_t, g_n_t, rz_t, r_t, z_t, n_t in steps:
+                torch.baddbmm(bias[:, None], h_t, weight.mT, out=g_t)
+                torch.add(x_rz_t, g_rz_t, out=rz_t).sigmoid_()
+                torch.addcmul(x_n_t, r_t, g_n_t, out=n_t).tanh_()
+                torch.lerp(n_t, h_t, z_t, out=h_next)
         ctx.save_for_backward(weight, h, g, rz, n)
         return h[1:]
 
@@ -423,19 +426,24 @@ class GRURecurrence(torch.autograd.Function):
         weight, h, g, rz, n = ctx.saved_tensors
         T, S, M, H = n.shape
         (r, z), g_n = rz.split(H, dim=-1), g[..., 2 * H :]
-        # What a change of h_t means for x_n, x_r, x_z and g_n: known for all steps at once, but for d h_t itself.
+        # What a change of h_t means for x_n, r, z and g_n: known for all steps at once, but for d h_t itself. The first three
+        # are the gradient of x, the last three that of g.
         d_gates = n.new_empty(T, S, M, 4, H)
-        d_n = (1 - z) * (1 - n * n)
-        d_gates[..., 0, :], d_gates[..., 1, :] = d_n, d_n * g_n * r * (1 - r)
-        d_gates[..., 2, :], d_gates[..., 3, :] = (h[:-1] - n) * z * (1 - z), d_n * r
+        d_n, d_r, d_z, d_g_n = d_gates.unbind(dim=-2)
+        torch.mul(1 - z, 1 - n * n, out=d_n)
+        torch.mul(d_n, r, out=d_g_n)
+        torch.mul(d_g_n, g_n, out=d_r).mul_(1 - r)
+        torch.mul(h[:-1] - n, z * (1 - z), out=d_z)
+        d_x, d_g = d_gates[..., :3, :].flatten(-2), d_gates[..., 1:, :].flatten(-2)
         d_h = d_states[-1]
+        steps = list(zip(*(part.unbind() for part in (d_gates, d_g, z)), strict=True))
         for t in reversed(range(T)):
-            d_gates[t] *= d_h[:, :, None]
-            d_h = torch.addcmul(d_states[t - 1], d_h, z[t]) if t > 0 else d_h * z[t]
-            d_h = d_h.baddbmm(d_gates[t, :, :, 1:].flatten(-2), weight)
-        d_g = d_gates[..., 1:, :].flatten(-2).transpose(0, 1).flatten(1, 2)  # (S, T * M, 3 * H)
+            d_gates_t, d_g_t, z_t = steps[t]
+            d_gates_t.mul_(d_h[:, :, None])
+            d_h = torch.addcmul(d_states[t - 1], d_h, z_t) if t > 0 else d_h * z_t
+            d_h.baddbmm_(d_g_t, weight)
+        d_g = d_g.transpose(0, 1).flatten(1, 2)  # (S, T * M, 3 * H)
         d_weight = d_g.mT @ h[:-1].transpose(0, 1).flatten(1, 2)
-        d_x = torch.cat([d_gates[..., 1:3, :].flatten(-2), d_gates[..., 0, :]], dim=-1)
         return d_x, d_h, d_weight, d_g.sum(dim=1)
 
 
