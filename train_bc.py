@@ -80,8 +80,8 @@ class Args:
 
     network: str = "mlp"
     """mlp or gru"""
-    hidden_dim: int = 128
-    """width of every hidden layer"""
+    hidden_dim: int = 256
+    """width of every hidden layer, of pi_ref too; narrower ones spend the modes on parts of one player (paper: not said)"""
     num_layers: int = 3
     """hidden layers of the mlp (the gru always has one layer before and one after the recurrence)"""
     time_input: bool = True
@@ -108,7 +108,7 @@ PRESETS = {  # by game
     "default": {},
     "paper": {  # Table 5
         "all": {
-            **dict(run_name="paper", time_input=False, num_modes=1),
+            **dict(run_name="paper", hidden_dim=128, time_input=False, num_modes=1),
             **dict(learning_rate=1e-3, batch_size=128, max_epochs=100, bf16=False),
         },
     },

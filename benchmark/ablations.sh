@@ -6,7 +6,7 @@
 #
 #   bash benchmark/ablations.sh                      spread, reference and tag, two processes at a time, then the table
 #   bash benchmark/ablations.sh spread 1             one game and seed, then the table
-#   bash benchmark/ablations.sh table                only the table, into benchmark/results/ablations.md
+#   bash benchmark/ablations.sh table                only the table, into benchmark/ablations.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/logs benchmark/results/ablations
@@ -17,6 +17,7 @@ seeds=${2:-1 2 3}
 settings() {
   cat <<'EOF'
 default
+narrow-bc --bc-path FOLDER/bc-narrow-seedSEED.pt
 one-mode --bc-path FOLDER/bc-one-mode-seedSEED.pt
 mixture-reference --imitation-updates 0
 learned-kl --no-known-kl
@@ -52,7 +53,9 @@ make_models() { # reward model and BC policies of one game and seed
     { [ -e "$folder/reward-alpha1-seed$seed.pt" ] || python train_reward.py --env "$game" --seed "$seed"; } &&
       { [ -e "$folder/bc-seed$seed.pt" ] || python train_bc.py --env "$game" --seed "$seed"; } &&
       { [ -e "$folder/bc-one-mode-seed$seed.pt" ] ||
-        python train_bc.py --env "$game" --seed "$seed" --num-modes 1 --run-name one-mode; }
+        python train_bc.py --env "$game" --seed "$seed" --num-modes 1 --run-name one-mode; } &&
+      { [ -e "$folder/bc-narrow-seed$seed.pt" ] ||
+        python train_bc.py --env "$game" --seed "$seed" --hidden-dim 128 --run-name narrow; }
   } >"$log" 2>&1 || { echo "failed: models of $game, seed $seed (see $log)" >&2; return 255; }
 }
 export -f run_one make_models
@@ -68,4 +71,4 @@ if [ "$games" != table ]; then
     for game in $games; do settings | sed "s/^/$game $seed /"; done
   done | xargs -P 2 -L 1 bash -c 'run_one "$@"' _
 fi
-python benchmark/ablation_table.py | tee benchmark/results/ablations.md
+python benchmark/ablation_table.py | tee benchmark/ablations.md

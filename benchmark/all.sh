@@ -8,4 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 ./table.sh all "$@"
-case " $* " in *" --print-commands "*) ;; *) ./table4.sh ;; esac
+case " $* " in
+*" --print-commands "*) ;;
+*" smoke "*) ./table4.sh --num-seeds 2 --num-datasets 5 --result-path benchmark/results/smoke/table4.md ;;
+*) ./table4.sh ;;
+esac

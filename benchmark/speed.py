@@ -89,9 +89,21 @@ class Clock:
         return num_runs * (last - first) / (end - start)
 
 
+def nn_gru(x, layer, memory):
+    """What `vdn_rlhf.gru` does, by the kernels of torch.nn.GRU, for a stack of one run and from the first step on."""
+    _, B, T, A, H = x.shape
+    parameters = [parameter[0] for parameter in (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0)]
+    sequences = x[0].transpose(1, 2).reshape(B * A, T, H)
+    states, last = torch._VF.gru(sequences, x.new_zeros(1, B * A, H), parameters, True, 1, 0.0, True, False, True)
+    return states.view(B, A, T, H).transpose(1, 2)[None], last
+
+
 def measure_vdn(job: Job, num_updates: int) -> float:
     data, shape = random_data(job)
     args = replace(vdn_rlhf.Args(num_seeds=job.num_runs, num_updates=num_updates), **settings(job))
+    if args.run_name == "nn.GRU":
+        own = vdn_rlhf.gru
+        vdn_rlhf.gru = lambda x, layer, memory: (nn_gru if x.dim() == 5 else own)(x, layer, memory)
     shape |= dict(network=args.network, hidden_dim=args.hidden_dim)
     runs, clock = vdn_rlhf.list_runs(args, "beta"), Clock()
     observations, actions = (data[name].to(job.device) for name in ("observations", "actions"))
@@ -110,7 +122,7 @@ def measure_bc(job: Job, num_updates: int) -> float:
     observations, actions = (data[name].to(job.device) for name in ("observations", "actions"))
     order = torch.arange(job.num_trajectories, device=job.device).expand(job.num_runs, -1)
     generators = [torch.Generator().manual_seed(run.seed) for run in runs]
-    shape |= dict(num_modes=args.num_modes)
+    shape |= dict(num_modes=args.num_modes, network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers)
     train_bc.imitate(runs, shape, observations, actions, order[:, :2], order[:, 2:], generators, clock)
     return clock.updates_per_second(job.num_runs)
 
@@ -213,6 +225,7 @@ def tables(device: str, seconds: float) -> dict[str, list[tuple[str, Job]]]:
             for name, network in (("GRU of 64", "gru"), ("MLP of 3 x 64", "mlp"))
             for mode in modes
         ]
+        + [("VDN, torch.nn.GRU of 64, eager", replace(job, flags=(*yardstick, ("network", "gru"), ("run_name", "nn.GRU"))))]
         + [
             (
                 f"reward model on own observations, 256 trajectories, MLP of 128, {'bfloat16' if bf16 else 'float32'}",
