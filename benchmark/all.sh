@@ -7,9 +7,11 @@
 #   bash benchmark/all.sh --scale paper                       the paper's sizes
 set -euo pipefail
 cd "$(dirname "$0")"
-./table.sh all "$@"
+status=0
+./table.sh all "$@" || status=$?
 case " $* " in
-*" --print-commands "*) ;;
-*" smoke "*) ./table4.sh --num-seeds 2 --num-datasets 5 --result-path benchmark/results/smoke/table4.md ;;
+*print*commands*) ;;
+*" smoke "* | *=smoke*) ./table4.sh --num-seeds 2 --num-datasets 5 --result-path benchmark/results/smoke/table4.md ;;
 *) ./table4.sh ;;
 esac
+exit $status

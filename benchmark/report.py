@@ -5,6 +5,7 @@ Usage: python benchmark/report.py table2 --scale cpu
        python benchmark/report.py                             (only writes the file)
 """
 
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import matplotlib
 import numpy as np
 import tyro
-from run_cell import SCALES, STAGES, Cell
-from run_table import ALPHAS, GAMES, MANY_AGENTS, MIXTURES, PRESETS, STANDARD_BETA, betas, list_cells, reward_cell, standard
+from run_cell import PRESETS, ROOT, SCALES, STAGES, Cell, save_file
+from run_table import ALPHAS, GAMES, MANY_AGENTS, MIXTURES, STANDARD_BETA, betas, list_cells, reward_cell, standard
 from scipy import stats
 
 matplotlib.use("agg")
@@ -97,6 +98,8 @@ def interquartile_mean(groups: list[list[float]], num_resamples: int = 2000) -> 
     if not groups:
         return "missing"
     generator = np.random.default_rng(0)
+    if min(map(len, groups)) < 2:
+        return f"{stats.trim_mean(np.concatenate(groups), 0.25):.1f} (no interval before every cell has two seeds)"
     draws = [generator.choice(group, (num_resamples, len(group))) for group in groups]
     means = stats.trim_mean(np.concatenate(draws, axis=1), 0.25, axis=1)
     low, high = np.percentile(means, (2.5, 97.5))
@@ -160,11 +163,18 @@ def table2(scale: str) -> str:
             for game in GAMES:
                 found = results(standard(game, mixture), scale, preset)
                 cells[preset].append(found)
-                errors = [metrics["reward"]["reward/standardized_mse"] for metrics in found]
+                rewards = column(found, "reward")
+                errors = [summary(column(rewards, name), 3) for name in ("reward/standardized_mse", "fresh_mse")]
                 published = paper_score(game, PAPER_TABLE2[mixture][game])
-                rows.append([preset, mixture, game, *policy_row(found, published), summary(errors, 3)])
-    text = "Reward MSE: between the standardised predicted and true step rewards of the test part of the same dataset.\n\n"
-    text += markdown(["settings", "data", "game", *POLICY_HEADER, "reward MSE"], rows) + "\n" + iqm_lines(cells)
+                rows.append([preset, mixture, game, *policy_row(found, published), *errors])
+    text = (
+        "Reward MSE: between the standardised predicted and true step rewards, on the test part of the dataset itself and on\n"
+    )
+    text += (
+        "1,024 fresh trajectories of the diversified mixture, the same for all. (The paper's MSE repeats its deviations.)\n\n"
+    )
+    header = ["settings", "data", "game", *POLICY_HEADER, "reward MSE, own data", "reward MSE, diversified data"]
+    text += markdown(header, rows) + "\n" + iqm_lines(cells)
     return text + learning_curves(scale)
 
 
@@ -208,31 +218,52 @@ def table3(scale: str) -> str:
                 published = None if published is None else paper_score(game, published)
                 label = name if name == "alpha 0" else f"beta {name:g}" + (" (standard)" if name == STANDARD_BETA[game] else "")
                 rows.append([preset, game, label, *policy_row(found, published)])
-    text = "Diversified data. In the row of alpha 0 beta is the standard one, in all others alpha is 1.\n\n"
+    text = "Diversified data. Rows of alpha 0 have the standard beta (tag: 3, in the paper's row 10), all others alpha 1.\n\n"
     return text + markdown(["settings", "game", "", *POLICY_HEADER], rows) + "\n" + iqm_lines(cells)
 
 
+PAPER_TABLE5 = [  # name and value in the paper; script and flag here
+    ("MSE loss coefficient", "1", "train_reward", "alpha"),
+    ("reference log coefficient", "1; section 5.3: tag 3; Table 3: tag 10", "vdn_rlhf", "beta"),
+    ("prediction steepness", "5", "collect_data", "steepness"),
+    ("trajectories (B.1)", "38400", "collect_data", "num_trajectories"),
+    ("pairs per trajectory (B.1)", "10", "collect_data", "pairs_per_trajectory"),
+    ("reward model type", "MLP (spread, reference), RNN (tag)", "train_reward", "network"),
+    ("its width", "128 (spread), 64 (tag, reference)", "train_reward", "hidden_dim"),
+    ("reward model layers", "4", "train_reward", "num_layers"),
+    ("reward model epochs", "100", "train_reward", "max_epochs"),
+    ("reward model learning rate", "1e-3", "train_reward", "learning_rate"),
+    ("IL learning rate", "1e-3", "train_bc", "learning_rate"),
+    ("IL epochs", "100", "train_bc", "max_epochs"),
+    ("IL batch size", "128", "train_bc", "batch_size"),
+    ("VDN learning rate", "1e-3", "vdn_rlhf", "learning_rate"),
+    ("VDN epochs", "1e4 (spread, reference), 1e6 (tag); published scripts: tag 5e4", "vdn_rlhf", "num_updates"),
+    ("VDN batch size", "64", "vdn_rlhf", "batch_size"),
+]
+
+
 def table5(scale: str) -> str:
-    text = "Settings in which `--preset paper` and the defaults differ, or one game from the others, read from the scripts.\n\n"
-    rows = []
-    for stage, module in STAGES.items():
-        if stage == "collect_data":
-            continue
-        default, paper = (module.PRESETS[name] for name in PRESETS)
-        first = module.Args()
-        for field in fields(module.Args):
-            if field.name in ("preset", "run_name"):
-                continue
+    """The paper's settings first, then every other flag in which the preset and the defaults differ."""
 
-            def value(preset: dict, game: str, name: str = field.name, first=first):
-                return preset.get(game, {}).get(name, preset.get("all", {}).get(name, getattr(first, name)))
+    def setting(stage: str, flag: str, preset: str) -> str:
+        changes, default = STAGES[stage].PRESETS.get(preset, {}), getattr(STAGES[stage].Args(), flag)
+        values = [changes.get(game, {}).get(flag, changes.get("all", {}).get(flag, default)) for game in GAMES]
+        return ", ".join(map(str, values)) if len(set(values)) > 1 else str(values[0])
 
-            by_preset = [[value(preset, game) for game in GAMES] for preset in (paper, default)]
-            if any(len(set(values)) > 1 for values in by_preset) or by_preset[0] != by_preset[1]:
-                cells = [", ".join(map(str, v)) if len(set(v)) > 1 else str(v[0]) for v in by_preset]
-                rows.append([f"{stage}.py", f"`--{field.name.replace('_', '-')}`", *cells])
-    games = ", ".join(GAMES)
-    return text + markdown(["script", "flag", f"paper (several: {games})", f"default (several: {games})"], rows)
+    rows, listed = [], {row[2:] for row in PAPER_TABLE5}
+    others = [
+        (field.name, "", stage, field.name)
+        for stage, module in STAGES.items()
+        for field in fields(module.Args)
+        if stage != "collect_data" and (stage, field.name) not in listed and field.name not in ("preset", "run_name")
+    ]
+    for name, published, stage, flag in PAPER_TABLE5 + others:
+        paper, default = (setting(stage, flag, preset) for preset in ("paper", "default"))
+        if published or paper != default:
+            rows.append([name if published else "", published, f"{stage}.py `--{flag.replace('_', '-')}`", paper, default])
+    text = "Read from the scripts, but for the second column. The reward minibatch of 256 trajectories is a constant here,\n"
+    text += f"episodes have 25 steps (paper: 130 steps of 128 environments). Several values: {', '.join(GAMES)}.\n\n"
+    return text + markdown(["", "in the paper", "flag", "`--preset paper`", "default"], rows)
 
 
 def table6(scale: str) -> str:
@@ -245,8 +276,11 @@ def table6(scale: str) -> str:
                 num_agents = int(env[7])
                 published = PAPER_TABLE6[mixture][position] * num_agents / 5  # to one episode, mean over agents
                 rows.append([preset, mixture, num_agents, *policy_row(found, paper_score(env, published))])
-    random = [f"{STAGES['vdn_rlhf'].make_game(env).low:.2f}" for env in MANY_AGENTS]
-    text = f"Spread with 5 landmarks, alpha 1, beta 1. Random policy, 4 to 7 agents: {', '.join(random)} (score 0).\n\n"
+    for position, env in enumerate(MANY_AGENTS):
+        num_agents, low = int(env[7]), STAGES["vdn_rlhf"].make_game(env).low
+        published = f"{paper_score(env, PAPER_TABLE6['random'][position] * num_agents / 5):.0f}"
+        rows.append(["random policy", "", num_agents, "", f"{low:.2f}", "0", published, "", ""])
+    text = "Spread with 5 landmarks, alpha 1, beta 1. The random policy played 20,000 episodes.\n\n"
     return text + markdown(["settings", "data", "agents", *POLICY_HEADER], rows) + "\n" + iqm_lines(cells)
 
 
@@ -254,17 +288,15 @@ def table7(scale: str) -> str:
     rows = []
     for preset in PRESETS:
         for game in GAMES:
+            found = [results(reward_cell(game, alpha=alpha), scale, preset) for alpha in ALPHAS]
+            seeds = "-".join(map(str, sorted({len(cell) for cell in found})))
             for part, name in (("training", "losses/training_nll"), ("held out", "losses/nll")):
-                found = [results(reward_cell(game, alpha=alpha), scale, preset) for alpha in ALPHAS]
-                rows.append([preset, game, part, len(found[0]), *[short_summary(column(cell, name), 3) for cell in found]])
+                rows.append([preset, game, part, seeds, *[summary(column(cell, name), 3) for cell in found]])
     for game in GAMES:
         rows.append(["in the paper", game, "training", "", *[f"{value:.3f}" for value in PAPER_TABLE7[game]]])
-    text = "Negative log-likelihood per label (chance: 0.693), diversified data, mean ± standard deviation over seeds.\n\n"
+    text = "Negative log-likelihood per label (chance: 0.693) on the training and the test part of diversified data, with the\n"
+    text += "weights of the epoch that is best on the early-stopping part. Seeds: their numbers over the columns.\n\n"
     return text + markdown(["settings", "game", "part", "seeds", *[f"alpha {alpha:g}" for alpha in ALPHAS]], rows)
-
-
-def short_summary(values: list[float], digits: int) -> str:
-    return summary(values, digits).split(" [")[0]
 
 
 def draw_example(axis, found: list[dict], title: str, average: bool = False) -> bool:
@@ -312,7 +344,7 @@ def figure2(scale: str) -> str:
         for preset in PRESETS:
             found = results(cell, scale, preset)
             values = [[metrics[key] for metrics in found] for key in ("spikiness", "true_spikiness", "reward/correlation")]
-            rows.append([name, preset, len(found), *[short_summary(value, 3) for value in values]])
+            rows.append([name, preset, len(found), *[summary(value, 3) for value in values]])
     header = ["", "settings", "seeds", "spikiness", "of the true rewards", "correlation with the true rewards"]
     return markdown(header, rows) + examples(scale, RESULTS / f"figure2-{scale}.png", panels, title)
 
@@ -331,7 +363,8 @@ def figure3(scale: str) -> str:
     if not any(axis.lines for axis in axes[0]):
         plt.close(figure)
         return "missing\n"
-    return save(figure, RESULTS / f"figure3-{scale}.png", "Reward models over alpha while they learn (first seed)")
+    title = "Reward models over alpha while they learn: likelihood of the early-stopping part after every epoch, one seed"
+    return save(figure, RESULTS / f"figure3-{scale}.png", title)
 
 
 def figure4(scale: str) -> str:
@@ -356,49 +389,85 @@ def compare(first: list[float], second: list[float]) -> str:
     return f"{verdict}: {difference:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
+def compare_deviations(first: list[float], others: list[list[float]]) -> str:
+    """Whether the deviation over seeds is below the pooled one of the others: their ratio with the 95 % F interval."""
+    if len(first) < 2 or min(map(len, others)) < 2:
+        return "not enough seeds"
+    degrees = len(first) - 1, sum(len(values) - 1 for values in others)
+    pooled = sum(np.var(values, ddof=1) * (len(values) - 1) for values in others) / degrees[1]
+    ratio = np.var(first, ddof=1) / max(pooled, 1e-12)
+    low, high = (ratio / stats.f.ppf(quantile, *degrees) for quantile in (0.975, 0.025))
+    verdict = "**holds**" if high < 1 else "**does not hold**" if low > 1 else "undecided"
+    return f"{verdict}: {ratio**0.5:.2f} [{low**0.5:.2f}, {high**0.5:.2f}]"
+
+
+CLAIMS = {  # the paper's, as differences of means over seeds that it says are above 0: metric, first cell, second cell
+    "trivial data helps reward learning: reward MSE on diversified data, pure-expert minus mix-expert": (
+        lambda metrics: metrics["reward"]["fresh_mse"],
+        lambda game: standard(game, "pure-expert"),
+        lambda game: standard(game, "mix-expert"),
+    ),
+    "trivial data helps the policy: score, mix-expert minus pure-expert": (
+        lambda metrics: metrics["score"],
+        lambda game: standard(game, "mix-expert"),
+        lambda game: standard(game, "pure-expert"),
+    ),
+    "unilateral data helps: score, mix-unilateral minus mix-expert": (
+        lambda metrics: metrics["score"],
+        lambda game: standard(game, "mix-unilateral"),
+        lambda game: standard(game, "mix-expert"),
+    ),
+    "the KL term helps: score, standard beta minus beta 0": (
+        lambda metrics: metrics["score"],
+        lambda game: standard(game),
+        lambda game: standard(game, beta=0.0),
+    ),
+    "beta can be too large: score, standard beta minus beta 100": (
+        lambda metrics: metrics["score"],
+        lambda game: standard(game),
+        lambda game: standard(game, beta=100.0),
+    ),
+    "the smoothness term helps the policy: score, alpha 1 minus alpha 0": (
+        lambda metrics: metrics["score"],
+        lambda game: standard(game),
+        lambda game: standard(game, alpha=0.0),
+    ),
+    "the smoothness term helps the reward model: held-out NLL, alpha 0 minus alpha 1": (
+        lambda metrics: metrics["losses/nll"],
+        lambda game: reward_cell(game, alpha=0.0),
+        lambda game: reward_cell(game),
+    ),
+    "it lowers the training loss: training NLL, alpha 0 minus alpha 1": (
+        lambda metrics: metrics["losses/training_nll"],
+        lambda game: reward_cell(game, alpha=0.0),
+        lambda game: reward_cell(game),
+    ),
+    "it makes rewards smoother: spikiness, alpha 0 minus alpha 1": (
+        lambda metrics: metrics["spikiness"],
+        lambda game: reward_cell(game, alpha=0.0),
+        lambda game: reward_cell(game),
+    ),
+}
+
+
 def claims(scale: str) -> str:
-    """The paper's claims, each a difference that should be above 0."""
     rows = []
+    for claim, (metric, first, second) in CLAIMS.items():
+        for preset in PRESETS:
+            verdicts = []
+            for game in GAMES:
+                values = [[metric(metrics) for metrics in results(cell(game), scale, preset)] for cell in (first, second)]
+                verdicts.append(compare(*values))
+            rows.append([claim, preset, *verdicts])
+    claim = "diversity lowers variance: deviation of the score on diversified data over the pooled one on the others (below 1)"
     for preset in PRESETS:
-
-        def scores(cell, preset=preset):
-            return column(results(cell, scale, preset), "score")
-
-        def errors(cell, preset=preset):
-            return [metrics["reward"]["reward/standardized_mse"] for metrics in results(cell, scale, preset)]
-
-        def likelihoods(alpha, game, preset=preset):
-            return column(results(reward_cell(game, alpha=alpha), scale, preset), "losses/nll")
-
-        for game in GAMES:
-            by_mixture = {mixture: standard(game, mixture) for mixture in MIXTURES}
-            text = compare(errors(by_mixture["pure-expert"]), errors(by_mixture["mix-expert"]))
-            rows.append(["trivial data helps reward learning: MSE of pure-expert minus mix-expert", preset, game, text])
-            text = compare(scores(by_mixture["mix-unilateral"]), scores(by_mixture["mix-expert"]))
-            rows.append(["unilateral data helps: score of mix-unilateral minus mix-expert", preset, game, text])
-            deviations = [np.std(scores(cell), ddof=1) for cell in by_mixture.values() if len(scores(cell)) > 1]
-            text = "not enough seeds"
-            if len(deviations) == len(MIXTURES):
-                others = ", ".join(f"{deviation:.2f}" for deviation in deviations[1:])
-                verdict = "**holds**" if deviations[0] < min(deviations[1:]) else "**does not hold**"
-                text = f"{verdict} (no interval): {deviations[0]:.2f} against {others}"
-            rows.append(
-                ["diversity lowers variance: deviation of the scores against that on the other data", preset, game, text]
-            )
-            text = compare(scores(standard(game)), scores(standard(game, beta=0.0)))
-            rows.append(["the KL term helps: score with the standard beta minus beta 0", preset, game, text])
-            text = compare(scores(standard(game)), scores(standard(game, beta=100.0)))
-            rows.append(["beta can be too large: score with the standard beta minus beta 100", preset, game, text])
-            text = compare(scores(standard(game)), scores(standard(game, alpha=0.0)))
-            rows.append(["the smoothness term helps the policy: score with alpha 1 minus alpha 0", preset, game, text])
-            text = compare(likelihoods(0.0, game), likelihoods(1.0, game))
-            rows.append(
-                ["the smoothness term helps the reward model: held-out NLL with alpha 0 minus alpha 1", preset, game, text]
-            )
-    order = {row[0]: position for position, row in enumerate(rows)}
-    rows.sort(key=lambda row: order[row[0]])
-    text = "Differences of means over seeds with 95 % intervals (Welch); a claim holds where the interval is above 0.\n\n"
-    return text + markdown(["claim, as a difference that it says is positive", "settings", "game", ""], rows)
+        scores = [[column(results(standard(game, mixture), scale, preset), "score") for mixture in MIXTURES] for game in GAMES]
+        rows.append([claim, preset, *[compare_deviations(by_mixture[0], by_mixture[1:]) for by_mixture in scores]])
+    text = (
+        "Differences of means over seeds with their 95 % intervals (Welch). A claim holds where the interval is above 0 and\n"
+    )
+    text += "does not where it is below; else the seeds do not decide. One in twenty intervals misses by chance.\n\n"
+    return text + markdown(["claim", "settings", *GAMES], rows)
 
 
 SECTIONS = {
@@ -415,8 +484,14 @@ SECTIONS = {
 }
 
 
+def machines(name: str, scale: str) -> str:
+    found = [cell.result() for cell in list_cells(name, scale)] if name != "claims" else []
+    return "; ".join(sorted({f"{r['machine']}, torch {r['torch']}" for r in found if r is not None}))
+
+
 def num_measured(name: str, scale: str) -> tuple[int, int]:
-    cells = list_cells("table2" if name == "claims" else name, scale)
+    names = ("table2", "table3", "table7") if name == "claims" else (name,)
+    cells = {cell for name in names for cell in list_cells(name, scale)}
     return sum(cell.result_path.exists() for cell in cells), len(cells)
 
 
@@ -430,7 +505,8 @@ def write_report() -> None:
                 lines += [f"## {title}\n", make(scale)]
             elif measured:
                 lines += [f"## {title} (scale {scale}: {measured} of {total} runs)\n", make(scale)]
-    (RESULTS / "README.md").write_text("\n".join(lines))
+                lines += [f"Machine: {machines(name, scale)}.\n" if name != "claims" else ""]
+    save_file(RESULTS / "README.md", lambda file: file.write("\n".join(lines).encode()))
 
 
 @dataclass
@@ -442,6 +518,7 @@ class Args:
 
 
 def main(args: Args) -> int:
+    os.chdir(ROOT)
     names = tuple(SECTIONS) if args.names == ("all",) else args.names
     for name in names:
         if name not in SECTIONS or args.scale not in SCALES:
@@ -451,7 +528,8 @@ def main(args: Args) -> int:
             return 2
         title, make = SECTIONS[name]
         print(f"{title} (scale {args.scale})\n\n{make(args.scale)}")
-    write_report()
+    if args.scale != "smoke":
+        write_report()
     return 0
 
 

@@ -1,6 +1,6 @@
 """One cell of a table for one seed: the stages that it needs, then benchmark/results/<scale>/<cell>-<key>.json. The key is a
 hash of every setting of every stage and of the shipped policies, so that a result is only reused for what made it. Datasets,
-reward models and policies stay in runs/<game>/<mixture>-<scale>/ and are shared between cells.
+reward models and policies stay in runs/<game>/<mixture>-<scale>/, have such a key too and are shared between cells.
 
 Usage: python benchmark/run_cell.py --kind policy --env spread --dataset diversified --seed 4 --scale cpu
 """
@@ -9,11 +9,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
 import traceback
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,11 +28,14 @@ import evaluate
 import train_bc
 import train_reward
 import vdn_rlhf
-from collect_data import NEUTRAL_ARGS, ParticleEnv, make_actor, make_game, rollout, save_file
+from collect_data import MIXTURES, NEUTRAL_ARGS, ParticleEnv, UserError, make_actor, make_game, play_mixture, rollout, save_file
 
+ROOT = Path(__file__).parent.parent
 VERSION = 1  # to be raised when a change of the code, not of a setting, changes results
+HISTORY_EPISODES = vdn_rlhf.HISTORY_EPISODES
 DATASET_SEED, TEST_SEED = 2, 12345  # settings were chosen on dataset seed 1; start states of the test episodes
 STAGES = {"collect_data": collect_data, "train_reward": train_reward, "train_bc": train_bc, "vdn_rlhf": vdn_rlhf}
+PRESETS = ("default", "paper")
 NEEDED = {"dataset": ["collect_data"], "reward": ["collect_data", "train_reward"], "policy": list(STAGES)}
 
 
@@ -102,6 +106,15 @@ class Cell:
             parts.append(f"beta{self.beta:g}")
         return "-".join(parts if self.kind == "dataset" else [*parts, f"seed{self.seed}"])
 
+    def check(self) -> None:
+        """Raises UserError where there is no such cell."""
+        choices = dict(kind=NEEDED, dataset=MIXTURES, preset=PRESETS, scale=SCALES)
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} {getattr(self, name)}: unknown, choose from {', '.join(known)}")
+        if make_game(self.env) is None:
+            raise UserError(f"--env {self.env}: unknown game, choose from spread, tag, reference, spread-4x5 to spread-7x5")
+
     def command(self) -> str:
         """The command that makes the result."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -118,8 +131,8 @@ class Cell:
 
     @property
     def result_path(self) -> Path:
-        key = hashlib.sha256(json.dumps([VERSION, TEST_SEED, self.settings()], sort_keys=True).encode()).hexdigest()[:8]
-        return Path(f"benchmark/results/{self.scale}/{self}-{key}.json")
+        sizes = [SCALES[self.scale].test_episodes, HISTORY_EPISODES]
+        return Path(f"benchmark/results/{self.scale}/{self}-{make_key([TEST_SEED, sizes, self.settings()])}.json")
 
     def result(self) -> dict | None:
         return json.loads(self.result_path.read_text()) if self.result_path.exists() else None
@@ -129,7 +142,7 @@ class Cell:
         module, scale, game = STAGES[stage], SCALES[self.scale], self.env.split("-")[0]
         preset = module.PRESETS.get(self.preset, {}) if stage != "collect_data" else {}
         values = preset.get("all", {}) | preset.get(game, {}) | scale.overrides.get(self.preset, {}).get(stage, {})
-        values |= dict(env=game, dataset=self.dataset, data_path=str(self.folder / "dataset.npz"))
+        values |= dict(env=game, dataset=self.dataset)
         if "x" in self.env:
             num_agents, num_landmarks = self.env.split("-")[1].split("x")
             values |= dict(num_agents=int(num_agents), num_landmarks=int(num_landmarks))
@@ -147,24 +160,32 @@ class Cell:
         """All that changes the result, by stage."""
         stages = {stage: vars(self.args(stage)) for stage in NEEDED[self.kind] if stage != "collect_data"}
         settings = {stage: {k: v for k, v in args.items() if k not in NEUTRAL_ARGS} for stage, args in stages.items()}
-        shipped = {
-            path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in Path(f"policies/{self.env}").glob("*.pt")
-        }
+        paths = [Path(f"policies/{self.env}/{name}.pt") for name in ("expert", "rookie", "novice", "prey")]
+        shipped = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in paths if path.exists()}
         dataset = collect_data.dataset_args(self.args("collect_data")) | dict(env=self.env, policies=shipped)
         return {"collect_data": dataset} | settings
 
-    def path(self, stage: str) -> Path:
-        """The file that a stage writes."""
-        run_name = "" if self.preset == "default" else f"-{self.preset}"
-        names = dict(collect_data="dataset.npz", train_reward=f"reward{run_name}-alpha{self.alpha:g}-seed{self.seed}.pt")
-        names |= dict(train_bc=f"bc{run_name}-seed{self.seed}.pt")
-        names |= dict(vdn_rlhf=f"vdn{run_name}-beta{self.beta:g}-alpha{self.alpha:g}-seed{self.seed}.pt")
-        return self.folder / names[stage]
+    def paths(self) -> dict[str, Path]:
+        """The file that each stage writes; its name has a key of the settings of this stage and of those before it."""
+        settings, run_name = self.settings(), "" if self.preset == "default" else f"-{self.preset}"
+        names = dict(collect_data="dataset", train_reward=f"reward{run_name}-alpha{self.alpha:g}-seed{self.seed}")
+        names |= dict(train_bc=f"bc{run_name}-seed{self.seed}")
+        names |= dict(vdn_rlhf=f"vdn{run_name}-beta{self.beta:g}-alpha{self.alpha:g}-seed{self.seed}")
+        paths = {}
+        for stage in NEEDED[self.kind]:
+            made_from = settings if stage == "vdn_rlhf" else {name: settings[name] for name in ("collect_data", stage)}
+            suffix = "npz" if stage == "collect_data" else "pt"
+            paths[stage] = self.folder / f"{names[stage]}-{make_key(made_from)}.{suffix}"
+        return paths
+
+
+def make_key(what) -> str:
+    return hashlib.sha256(json.dumps([VERSION, what], sort_keys=True).encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
 def only_one(path: Path):
-    """Wait until no other process makes that file."""
+    """Wait until no other process is at that file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.cell"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -172,7 +193,7 @@ def only_one(path: Path):
 
 
 def measure_dataset(cell: Cell) -> dict:
-    with np.load(cell.path("collect_data")) as file:
+    with np.load(cell.paths()["collect_data"]) as file:
         data = {name: torch.from_numpy(file[name]) for name in ("true_rewards", "behavior", "deviator", "pairs")}
     returns = data["true_rewards"].sum(dim=1).mean(dim=1)  # (N,)
     metrics = {}
@@ -184,16 +205,37 @@ def measure_dataset(cell: Cell) -> dict:
     return metrics | dict(pairs=len(data["pairs"]), deviators=torch.bincount(data["deviator"].long() + 1).tolist()[1:])
 
 
+def load_reward_model(cell: Cell) -> tuple[dict, torch.nn.Module]:
+    path = cell.paths()["train_reward"]
+    checkpoint = train_reward.load_checkpoint(path, ("reward",))
+    return checkpoint, train_reward.build_network(train_reward.RewardNetwork, path, checkpoint, "cpu")
+
+
+@torch.no_grad()
+def compare_on_fresh_data(cell: Cell, model) -> dict[str, float]:
+    """Error and correlation of the step rewards, both standardised, on 1,024 fresh trajectories of the diversified mixture: the
+    same test for the models of all datasets."""
+    args, game = replace(cell.args("collect_data"), dataset="diversified", num_trajectories=1024, seed=TEST_SEED), cell.env
+    networks = {}
+    for name in ("expert", *collect_data.EARLY_CHECKPOINTS):
+        path = Path(f"policies/{cell.env}/{name}.pt")
+        checkpoint = collect_data.load_checkpoint(path, ("vdn", "pathwise"))
+        networks[name] = collect_data.build_network(collect_data.AgentNetwork, path, checkpoint, "cpu")
+    data = play_mixture(args, make_game(game), networks, torch.device("cpu"))
+    rewards = model(data["observations"][:, :-1], data["actions"]).double(), data["true_rewards"].double()
+    predicted, true = ((r - r.mean()) / r.std(correction=0).clamp(min=1e-8) for r in rewards)
+    return dict(fresh_mse=(predicted - true).square().mean().item(), fresh_correlation=(predicted * true).mean().item())
+
+
 @torch.no_grad()
 def measure_reward(cell: Cell) -> dict:
     """The trainer's metrics and history; `example` is one fresh episode of the shipped expert, the same for every model: true
     and predicted rewards, both standardised, [step][agent]; spikiness: mean squared change from step to step of the
     standardised rewards, over the first 1,024 trajectories of the dataset."""
-    path = cell.path("train_reward")
-    checkpoint = train_reward.load_checkpoint(path, ("reward",))
-    model = train_reward.build_network(train_reward.RewardNetwork, path, checkpoint, "cpu")
-    metrics = checkpoint["metrics"] | {"epochs": len(checkpoint["metrics"]["history"])}
-    data, _ = train_reward.load_dataset(cell.path("collect_data"), cell.env, ("observations", "actions", "true_rewards"))
+    checkpoint, model = load_reward_model(cell)
+    metrics = checkpoint["metrics"] | compare_on_fresh_data(cell, model)
+    names = ("observations", "actions", "true_rewards")
+    data, _ = train_reward.load_dataset(cell.paths()["collect_data"], cell.env, names)
     stats, true = checkpoint["stats"], data["true_rewards"]
     true_mean, true_std = true.mean(), true.std(correction=0).clamp(min=1e-8)
 
@@ -219,52 +261,76 @@ def measure_reward(cell: Cell) -> dict:
 def measure_policy(cell: Cell) -> dict:
     """Returns and scores of the learned policy, of pi_ref and of the BC policy, greedy; the learning curve; the reward model's
     metrics."""
-    reports = {}
+    reports, paths = {}, cell.paths()
     for name, stage in (("", "vdn_rlhf"), ("bc_", "train_bc")):
-        args = evaluate.Args(str(cell.path(stage)), num_episodes=SCALES[cell.scale].test_episodes, seed=TEST_SEED)
+        args = evaluate.Args(str(paths[stage]), num_episodes=SCALES[cell.scale].test_episodes, seed=TEST_SEED)
         report = evaluate.main(args)
         reports |= {f"{name}return": report["charts/test_return"], f"{name}score": report.get("charts/score")}
-    trained = vdn_rlhf.load_checkpoint(cell.path("vdn_rlhf"), ("vdn",))["metrics"]
+    trained = vdn_rlhf.load_checkpoint(paths["vdn_rlhf"], ("vdn",))["metrics"]
     reference = make_game(cell.env).metrics(trained["charts/reference_return"])
     reports |= {"reference_return": reference["charts/test_return"], "reference_score": reference.get("charts/score")}
     reports["log_pi_ref"] = trained["charts/log_pi_ref"]
     reports["history"] = [[entry["update"], entry["charts/test_return"]] for entry in trained["history"]]
-    reward_metrics = train_reward.load_checkpoint(cell.path("train_reward"), ("reward",))["metrics"]
-    return reports | {"reward": {name: value for name, value in reward_metrics.items() if isinstance(value, float)}}
+    checkpoint, model = load_reward_model(cell)
+    reward_metrics = {name: value for name, value in checkpoint["metrics"].items() if isinstance(value, float)}
+    return reports | {"reward": reward_metrics | compare_on_fresh_data(cell, model)}
+
+
+def describe_machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
+    return f"{names[0]}, bfloat16 {'in hardware' if train_reward.use_bfloat16(True, torch.device('cpu')) else 'not used'}"
 
 
 def run_cell(cell: Cell) -> None:
     """Make the result if it is missing. Raises what went wrong, after it was written to the log."""
-    if cell.result_path.exists():
-        return
-    cell.log_path.parent.mkdir(parents=True, exist_ok=True)
+    cell.check()
+    torch.set_num_threads(1)
+    with only_one(cell.log_path):
+        if cell.result_path.exists():
+            return
+        with open(cell.log_path, "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                print("$", cell.command(), flush=True)
+                make_result(cell)
+            except BaseException:
+                traceback.print_exc()
+                raise
+
+
+def make_result(cell: Cell) -> None:
+    vdn_rlhf.TEST_EPISODES = train_bc.TEST_EPISODES = num_episodes = SCALES[cell.scale].test_episodes
+    vdn_rlhf.HISTORY_EPISODES = min(HISTORY_EPISODES, num_episodes)
+    paths, seconds = cell.paths(), {}
+    flags = dict(collect_data="data_path", train_reward="reward_path", train_bc="bc_path", vdn_rlhf="vdn_path")
+    for stage, path in paths.items():
+        with only_one(path):
+            if not path.exists():
+                start, args = time.time(), cell.args(stage)
+                for name in NEEDED[cell.kind]:  # where its sources stand and where it writes
+                    if flags[name] in vars(args):
+                        setattr(args, flags[name], str(paths[name]))
+                STAGES[stage].main(args)
+                seconds[stage] = round(time.time() - start, 1)
     start = time.time()
-    with open(cell.log_path, "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            print("$", cell.command(), flush=True)
-            vdn_rlhf.TEST_EPISODES = train_bc.TEST_EPISODES = num_episodes = SCALES[cell.scale].test_episodes
-            vdn_rlhf.HISTORY_EPISODES = min(vdn_rlhf.HISTORY_EPISODES, num_episodes)
-            for stage in NEEDED[cell.kind]:
-                with only_one(cell.path(stage)):
-                    if not cell.path(stage).exists():
-                        STAGES[stage].main(cell.args(stage))
-            measure = {"dataset": measure_dataset, "reward": measure_reward, "policy": measure_policy}[cell.kind]
-            metrics = measure(cell)
-        except BaseException:
-            traceback.print_exc()
-            raise
-    machine = f"{platform.machine()}, {torch.get_num_threads()} thread"
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
-    result = dict(cell=vars(cell), command=cell.command(), metrics=metrics, settings=cell.settings())
-    result |= dict(seconds=round(time.time() - start), machine=machine, torch=torch.__version__)
+    measure = {"dataset": measure_dataset, "reward": measure_reward, "policy": measure_policy}[cell.kind]
+    result = dict(cell=vars(cell), command=cell.command(), metrics=measure(cell), settings=cell.settings())
+    seconds["measure"] = round(time.time() - start, 1)
+    result |= dict(seconds=seconds, machine=describe_machine(), torch=torch.__version__)
     save_file(cell.result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":
     cell = tyro.cli(Cell)
+    os.chdir(ROOT)
     try:
         run_cell(cell)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except BaseException as error:
         print(f"failed: {cell.command()} (see {cell.log_path}): {error}", file=sys.stderr)
         sys.exit(1)

@@ -5,8 +5,10 @@ Usage: python benchmark/run_table.py table2 --scale cpu
        python benchmark/run_table.py table2 --scale cpu --print-commands | xargs -P 8 -I{} sh -c {}     (README: many machines)
 """
 
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,15 +16,13 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
 import tyro
-from run_cell import SCALES, Cell, run_cell
+from run_cell import PRESETS, ROOT, SCALES, STAGES, Cell, run_cell
 from tqdm import tqdm
 
 GAMES = ("spread", "tag", "reference")
 MIXTURES = ("diversified", "mix-unilateral", "mix-expert", "pure-expert")
-PRESETS = ("default", "paper")
-STANDARD_BETA = {"spread": 1.0, "tag": 3.0, "reference": 1.0}  # section 5.3
+STANDARD_BETA = {game: STAGES["vdn_rlhf"].PRESETS["default"].get(game, {}).get("beta", 1.0) for game in GAMES}  # section 5.3
 BETAS = (0.0, 0.1, 1.0, 10.0, 100.0)  # Table 3; for tag also the standard 3
 ALPHAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # Table 7
 MANY_AGENTS = ("spread-4x5", "spread-5x5", "spread-6x5", "spread-7x5")  # Table 6
@@ -89,31 +89,34 @@ class Args:
     """runs at once, one thread each"""
 
 
-def start_worker() -> None:
-    torch.set_num_threads(1)
-
-
 def main(args: Args) -> int:
     names = list(TABLES) if args.tables == ("all",) else args.tables
     unknown = [name for name in names if name not in TABLES]
-    if unknown or args.scale not in SCALES:
-        what, choices = (unknown[0], (*TABLES, "all")) if unknown else (f"--scale {args.scale}", SCALES)
-        print(f"error: {what}: unknown, choose from {', '.join(choices)}", file=sys.stderr)
+    if unknown or not names or args.scale not in SCALES or args.num_processes < 1:
+        choices = f"{', '.join(TABLES)}, or all alone; --scale {', '.join(SCALES)}; --num-processes at least 1"
+        given = f"{' '.join(names)} --scale {args.scale} --num-processes {args.num_processes}"
+        print(f"error: {given}: choose from {choices}", file=sys.stderr)
         return 2
+    os.chdir(ROOT)
     cells = dict.fromkeys(cell for name in names for cell in list_cells(name, args.scale))
     missing = [cell for cell in cells if not cell.result_path.exists()]
     if args.print_commands:
-        print("\n".join(cell.command() for cell in missing))
+        for cell in missing:
+            print(cell.command())
         return 0
 
     failed = []
-    with ProcessPoolExecutor(args.num_processes, get_context("spawn"), start_worker) as pool:
+    with ProcessPoolExecutor(args.num_processes, get_context("spawn")) as pool:
         jobs = {pool.submit(run_cell, cell): cell for cell in missing}
         title = f"{' '.join(names)}, scale {args.scale}"
         for job in tqdm(as_completed(jobs), total=len(cells), initial=len(cells) - len(missing), desc=title, unit="run"):
-            if job.exception() is not None:
-                failed.append(jobs[job])
-                tqdm.write(f"failed: {jobs[job].command()} (see {jobs[job].log_path}): {job.exception()}", file=sys.stderr)
+            error, cell = job.exception(), jobs[job]
+            if isinstance(error, BrokenProcessPool):
+                print("failed: a process was killed from outside, perhaps for its memory; start again", file=sys.stderr)
+                return 1
+            if error is not None:
+                failed.append(cell)
+                tqdm.write(f"failed: {cell.command()} (see {cell.log_path}): {error}", file=sys.stderr)
     return 1 if failed else 0
 
 

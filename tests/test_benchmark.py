@@ -45,9 +45,10 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def without_timings(result: dict) -> dict:
+    """The `seconds` differ, and the speeds among the metrics."""
     metrics = {name: value for name, value in result["metrics"].items() if not name.startswith("speed")}
     metrics["reward"] = {name: value for name, value in metrics.get("reward", {}).items() if not name.startswith("speed")}
-    return result | dict(seconds=0, metrics=metrics)
+    return result | dict(seconds={}, metrics=metrics)
 
 
 def test_printed_commands_make_the_results_of_the_script(checkout):
@@ -60,7 +61,7 @@ def test_printed_commands_make_the_results_of_the_script(checkout):
     [cell] = [c for c in run_table.list_cells("table2", "smoke") if str(c).startswith("policy-spread-mix-expert-default")]
     assert run(main, checkout).returncode == 0
     by_script = json.loads((checkout / cell.result_path).read_text())
-    assert run(f"{main} --print-commands", checkout).stdout == "\n", "nothing is missing any more"
+    assert run(f"{main} --print-commands", checkout).stdout == "", "nothing is missing any more"
 
     shutil.rmtree(checkout / "runs")
     (checkout / cell.result_path).unlink()
@@ -82,19 +83,30 @@ def test_a_failed_run_fails_the_script_and_names_command_and_log(checkout):
     assert not list((checkout / "benchmark/results").rglob("*.json"))
 
 
-def test_unknown_tables_and_scales_are_one_line(checkout):
-    for flags in ("table9", "table1 --scale huge"):
-        done = run(f"python benchmark/run_table.py {flags}", checkout)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize(
+    "args", [dict(tables=("table9",)), dict(tables=("table1",), scale="huge"), dict(tables=("table1",), num_processes=0)]
+)
+def test_mistakes_in_tables_are_one_line(args, capsys):
+    assert run_table.main(run_table.Args(**args)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("cell", [Cell(preset="papr"), Cell(env="spread-5"), Cell(kind="bc"), Cell(scale="huge")])
+def test_mistakes_in_cells_are_told_before_anything_runs(cell):
+    with pytest.raises(run_cell.UserError, match="choose from"):
+        run_cell.run_cell(cell)
 
 
 def test_a_result_belongs_to_the_settings_that_made_it(monkeypatch):
     cell = Cell(scale="cpu")
-    path = cell.result_path
+    path, paths = cell.result_path, cell.paths()
     for change in (dict(seed=5), dict(beta=2.0), dict(scale="paper"), dict(preset="paper"), dict(dataset="pure-expert")):
         assert Cell(**dict(scale="cpu") | change).result_path != path
     monkeypatch.setattr(run_cell.train_bc.Args, "__init__", changed_default(run_cell.train_bc.Args, num_modes=6))
     assert cell.result_path != path, "another default is another result"
+    changed = {stage for stage, path in cell.paths().items() if path != paths[stage]}
+    assert changed == {"train_bc", "vdn_rlhf"}, "the dataset and the reward model are as they were"
 
 
 def changed_default(args_class, **changes):
@@ -143,6 +155,12 @@ def test_interquartile_mean():
     assert width[0] < width[1]
 
 
+def test_deviations_are_compared_by_an_f_interval():
+    """Variances 1 and 4 with 2 and 4 degrees of freedom: ratio of deviations 0.5; F quantiles 10.65 and 1 / 39.25."""
+    text = report.compare_deviations([-1.0, 0.0, 1.0], [[-2.0, 0.0, 2.0], [-2.0, 0.0, 2.0]])
+    assert text == "undecided: 0.50 [0.15, 3.13]"
+
+
 def test_claims_are_decided_by_the_interval():
     generator = np.random.default_rng(0)
     low, high = generator.normal(0, 1, 20), generator.normal(5, 1, 20)
@@ -154,4 +172,4 @@ def test_claims_are_decided_by_the_interval():
 def test_table5_is_read_from_the_scripts():
     text = report.table5("paper")
     row = next(line for line in text.splitlines() if "vdn_rlhf.py" in line and "--num-updates" in line)
-    assert row.split("|")[3].strip() == "10000, 50000, 10000" and row.split("|")[4].strip() == "4000"
+    assert [cell.strip() for cell in row.split("|")[4:6]] == ["10000, 50000, 10000", "4000"]
