@@ -26,13 +26,16 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -95,6 +98,10 @@ class Args:
     """bit-equal runs on CUDA too (on CPU they always are)"""
     track: bool = False
     """log the policy training to wandb"""
+    checkpoint_every: int = 3_000
+    """updates between two checkpoints, NAME.training.pt beside the output, from which --resume goes on"""
+    resume: bool = False
+    """go on where a run of the same command was stopped; nothing to do if the output is there"""
 
     # Online VDN, used only when policies are trained.
     network: str = "mlp"
@@ -144,9 +151,20 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
+TERMINATION = {"requested": False, "deferred": False}  # by SIGTERM; deferred: a training saves first
+
+
+def on_sigterm(*_) -> None:
+    """Exit status 143, at once or, where it is deferred, after the present update."""
+    TERMINATION["requested"] = True
+    if not TERMINATION["deferred"]:
+        sys.exit(143)
+
+
 def run_command_line(main: Callable, args_class: type, presets: dict[str, dict[str, dict]]) -> None:
     """Parse sys.argv into args_class and call main. `--preset NAME --env GAME` replaces defaults by presets[NAME]["all"] and
     presets[NAME][GAME]; a flag given by hand wins over them."""
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         defaults = None
         if presets:
@@ -251,7 +269,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs", "checkpoint_every", "resume"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -385,6 +403,196 @@ def hash_weights(network: nn.Module, stats: dict) -> str:
     for name, tensor in network.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# --- end shared block ---
+
+
+# --- shared block: resume ---
+# Origin: collect_data.py. A process that is killed loses nothing, and two that run at once do not mix their files.
+LOCKS: dict[Path, int] = {}  # descriptors of the lock files, by the outputs that this process is making
+WAIT = "WAIT_FOR_OUTPUTS"  # in the environment of scripts that vdn_rlhf.py starts
+
+
+def lock_outputs(paths: list[Path], wait: bool = False) -> None:
+    """See to it that nobody else writes `paths` until main ends. Where another process is writing one: UserError, or patience
+    where that is wanted. Everybody locks in the same order, so that no two processes wait for each other."""
+    for path in sorted(paths):
+        descriptor = open_lock(path, wait or WAIT in os.environ)
+        if descriptor is not None:
+            LOCKS[path] = descriptor
+        remove_partial(path)
+
+
+def open_lock(path: Path, wait: bool) -> int | None:
+    """Lock `.NAME.lock` beside `path`; the system unlocks it when this process ends, however it does. None where files cannot
+    be locked."""
+    lock_path, told = path.with_name(f".{path.name}.lock"), False
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
+                return descriptor
+        except FileNotFoundError:  # whoever had it has just removed it
+            pass
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"{path}: another process is writing it; wait for it, or choose a --run-name or path") from None
+            if not told:
+                print(f"{path}: another process is writing it, waiting for it", flush=True)
+            told = True
+            time.sleep(0.2)
+        except (OSError, ImportError):  # a file system, or Windows, without locks
+            return descriptor
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def releasing_locks():
+    """Decorates main, which thereby gives back what it locks."""
+    try:
+        yield
+    finally:
+        while LOCKS:
+            path, descriptor = LOCKS.popitem()
+            with contextlib.suppress(OSError):
+                path.with_name(f".{path.name}.lock").unlink()
+            os.close(descriptor)
+
+
+def remove_partial(path: Path) -> None:
+    """What save_file left of a file when its process was killed."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def left_to_do(args, runs: list, paths: list[Path]) -> tuple[list, list[Path]]:
+    """The runs that are still to be made and their outputs: not those that are there, if --resume finds all of them or another
+    process made them while this one was waiting. `paths` that are there are known to be of these settings."""
+    there = [path for path in paths if path.exists()]
+    if WAIT not in os.environ and not (args.resume and there == paths and not training_path(paths[0]).exists()):
+        there = []
+    for path in there:
+        print(f"{path}: is there already, nothing to do", flush=True)
+    left = [(run, path) for run, path in zip(runs, paths, strict=True) if path not in there]
+    return [run for run, _ in left], [path for _, path in left]
+
+
+def training_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.training.pt")
+
+
+class TrainingFile:
+    """The state of a training, from which --resume goes on as if nothing had happened: NAME.training.pt beside its first output
+    NAME.pt, written every --checkpoint-every updates, after every phase and on SIGTERM. Without an output nothing is kept."""
+
+    def __init__(self, output: Path | None = None, args=None, settings=None, device=None, sources=None):
+        """settings {flag: value} and sources {name: hash} have to be the same where --resume goes on."""
+        self.path, self.phases, self.saved, self.last_done = output and training_path(output), {}, None, 0
+        if output is None:
+            return
+        remove_partial(self.path)
+        settings = {name: str(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        sources = sources | {"kind of device": device.type}
+        self.every = args.checkpoint_every
+        self.content = dict(kind="training", args=settings, meta=dict(sources=sources), stats={})
+        if args.resume and self.path.exists():
+            self.saved, advice = load_checkpoint(self.path, ("training",)), "leave out --resume to start anew"
+            check_same_args(self.path, self.saved["args"], settings, advice)
+            for name, value in sources.items():
+                if self.saved["meta"].get("sources", {}).get(name) != value:
+                    raise UserError(f"{self.path}: begun with another {name} than {value}; {advice}")
+        elif args.resume:
+            print(f"{self.path}: no such file, nothing to resume: starting anew", flush=True)
+        elif self.path.exists():
+            print(f"{self.path}: of a run that was stopped; starting anew and writing over it (--resume goes on)", flush=True)
+
+    def begin(self, phase: str, num_updates: int, parts: dict, results: list[dict]) -> int:
+        """Put the parts (networks, optimizers, generators, dicts of tensors) and results (of runs: numbers, lists, dicts) of a
+        phase into the state that was saved -> number of updates done then. They change in place from now on, and SIGTERM
+        waits for `after_update`."""
+        self.phases[phase] = self.phase = dict(done=0, num_updates=num_updates, parts=parts, results=results)
+        if self.saved is not None and phase in self.saved["metrics"]:
+            try:
+                done, saved = self.saved["metrics"][phase]
+                state = self.saved["state_dict"][phase]
+                if type(done) is not int or not 0 < done <= num_updates or not fits(saved, results):
+                    raise ValueError
+                for name, part in parts.items():
+                    load_training_state(part, state[name])
+                for result, values in zip(results, saved, strict=True):
+                    result.update(values)
+            except Exception:  # whatever it is that the file holds
+                raise UserError(f"{self.path}: '{phase}' is damaged; leave out --resume to start anew") from None
+            self.phase["done"] = done
+            print(f"{self.path}: {phase} goes on after {done} of {num_updates} updates", flush=True)
+        self.last_done = self.phase["done"]
+        TERMINATION["deferred"] = self.path is not None and self.last_done < num_updates
+        return self.last_done
+
+    def after_update(self, done: int, last: bool = False) -> None:
+        """To be called when an update and what belongs to it are done; `last`: the phase ends early. Saves where that is due;
+        after a SIGTERM the process ends here."""
+        self.phase["done"], last = done, last or done == self.phase["num_updates"]
+        if self.path is not None and (last or TERMINATION["requested"] or done - self.last_done >= self.every):
+            state_dict = {
+                name: {part: training_state(value) for part, value in phase["parts"].items()}
+                for name, phase in self.phases.items()
+            }
+            metrics = {name: [phase["done"], phase["results"]] for name, phase in self.phases.items()}
+            save_content(self.path, **self.content, state_dict=state_dict, metrics=metrics)
+            self.last_done = done
+        if TERMINATION["requested"]:
+            sys.exit(143)
+        TERMINATION["deferred"] = TERMINATION["deferred"] and not last
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def training_state(part) -> dict:
+    """What a network, an optimizer (Adam), a random number generator or a dict of tensors consists of."""
+    if isinstance(part, torch.Generator):
+        return {"state": part.get_state()}
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = part.param_groups[0]["params"]
+        empty = {i: dict(step=torch.zeros(()), exp_avg=p.data, exp_avg_sq=p.data) for i, p in enumerate(parameters)}
+        return part.state_dict()["state"] or empty  # before the first step: of these shapes
+    return part.state_dict() if isinstance(part, nn.Module) else part
+
+
+def load_training_state(part, state: dict) -> None:
+    """Raises whatever it may where `state` is not of this part."""
+    if not fits(state, training_state(part)):
+        raise ValueError
+    if isinstance(part, torch.Generator):
+        part.set_state(state["state"])
+    elif isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(part.state_dict() | {"state": state})
+    elif isinstance(part, nn.Module):
+        part.load_state_dict(state)
+    else:
+        for name, tensor in part.items():
+            tensor.copy_(state[name])
+
+
+def fits(value, like) -> bool:
+    """Whether what a file holds has the types, keys and shapes of `like`; what lists of numbers hold is not looked at."""
+    if isinstance(like, torch.Tensor):
+        same = isinstance(value, torch.Tensor) and (value.dtype, value.shape) == (like.dtype, like.shape)
+        return same and value.stride() == like.stride()
+    if isinstance(like, dict):
+        return isinstance(value, dict) and value.keys() == like.keys() and all(fits(value[key], like[key]) for key in like)
+    if isinstance(like, list) and like:
+        return isinstance(value, list) and len(value) == len(like) and all(map(fits, value, like))
+    return type(value) is type(like)
 
 
 # --- end shared block ---
@@ -924,8 +1132,7 @@ def vdn_loss(
 
 
 def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -> None:
-    """Online VDN with replay; writes expert.pt (the last network) and the EARLY_CHECKPOINTS. A run that was interrupted goes
-    on from training.pt in the same folder, and ends with the same weights as one that was not."""
+    """Online VDN with replay; writes expert.pt (the last network) and the EARLY_CHECKPOINTS."""
     generator = torch.Generator(device).manual_seed(args.seed)
     T, A, D = game.horizon, game.num_agents, game.observation_dim
     shape = dict(observation_dim=D, num_agents=A, num_actions=game.num_actions, horizon=T)
@@ -934,7 +1141,7 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
     target.load_state_dict(online.state_dict())
     optimizer = torch.optim.Adam(online.parameters(), lr=args.learning_rate)
     num_rollouts = -(-args.num_updates // args.updates_per_rollout)
-    eval_every, save_every = max(num_rollouts // 200, 1), max(num_rollouts // 20, 1)
+    num_updates, eval_every = num_rollouts * args.updates_per_rollout, max(num_rollouts // 200, 1)
     log = start_tracking(args, [f"policies-{game.name}-seed{args.seed}"])
 
     language = random_language(game, args.seed, device) if game.num_words else None
@@ -944,24 +1151,17 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
     buffer |= dict(actions=torch.zeros(capacity, T, A, dtype=torch.uint8, device=device))
     buffer |= dict(rewards=torch.zeros(capacity, T, device=device))  # of the team: the sum over its agents
 
-    start, history, checkpoints = 0, [], []  # history: [updates, return] of the checkpoint at the same place
-    partial_path = folder / "training.pt"
-    parts = dict(online=online, target=target, optimizer=optimizer)
-    if partial_path.exists():
-        partial = load_checkpoint(partial_path, ("training",))
-        if partial["meta"].get("device") != device.type:
-            raise UserError(f"{partial_path}: begun on {partial['meta'].get('device')}, cannot go on on {device.type}")
-        check_same_args(partial_path, partial["args"], policy_args(args), "delete it to start anew")
-        for name, part in parts.items():
-            part.load_state_dict(partial["state_dict"][name])
-        for name, tensor in partial["state_dict"]["buffer"].items():
-            buffer[name].copy_(tensor)
-        generator.set_state(partial["state_dict"]["generator"])
-        start, history, checkpoints = (partial["metrics"][name] for name in ("rollouts", "history", "checkpoints"))
-        print(f"{partial_path}: going on after {start} of {num_rollouts} rollouts", flush=True)
+    training_file = TrainingFile(folder / "expert.pt", args, policy_args(args), device, {})
+    parts = dict(online=online, target=target, optimizer=optimizer, buffer=buffer, generator=generator)
+    results = [dict(history=[], checkpoints=[])]  # history: [updates, return] of the checkpoint at the same place
+    start = training_file.begin("online VDN", num_updates, parts, results) // args.updates_per_rollout
+    history, checkpoints = results[0]["history"], results[0]["checkpoints"]
+    fine = len(history) == len(checkpoints) >= (start == num_rollouts) and all(fits(entry, [0, 0.0]) for entry in history)
+    if not fine or not all(fits(checkpoint, online.state_dict()) for checkpoint in checkpoints):
+        raise UserError(f"{training_file.path}: 'online VDN' is damaged; leave out --resume to start anew")
 
-    progress = tqdm(range(start, num_rollouts), desc=f"online VDN on {game.name}", unit="rollout", mininterval=1)
-    for i in progress:
+    progress = tqdm(total=num_rollouts, initial=start, desc=f"online VDN on {game.name}", unit="rollout", mininterval=1)
+    for i in range(start, num_rollouts):
         done = i / num_rollouts
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1, max(0.02, 2 * (1 - done)))
@@ -993,22 +1193,20 @@ def train_policies(args: Args, game: Game, folder: Path, device: torch.device) -
         updates = (i + 1) * args.updates_per_rollout
         early = i < num_rollouts // 100  # where most changes, rookies and novices come from
         if (i + 1) % (max(eval_every // 10, 1) if early else eval_every) == 0 or i + 1 == num_rollouts:
+            if not math.isfinite(loss.item()):
+                advice = f"try a smaller --learning-rate than {args.learning_rate:g}"
+                raise UserError(f"seed {args.seed}: losses/td_loss is {loss.item()} after {updates} updates; {advice}")
             test_return = mean_return(game, online, HISTORY_EPISODES, args.seed + 1000 + i, device)
             log(0, game.metrics(test_return) | {"losses/td_loss": loss.item()}, updates)
             history.append([updates, test_return])
             checkpoints.append(copy.deepcopy(online.state_dict()))
             progress.set_postfix({"return": f"{test_return:.2f}"})
-        if (i + 1) % save_every == 0 and i + 1 < num_rollouts:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(buffer=buffer, generator=generator.get_state())
-            metrics = dict(rollouts=i + 1, history=history, checkpoints=checkpoints)
-            meta = dict(device=device.type)  # random number generators do not travel from one kind to another
-            save_content(
-                partial_path, kind="training", args=policy_args(args), meta=meta, state_dict=state, stats={}, metrics=metrics
-            )
+        progress.update()
+        training_file.after_update(updates)
 
+    progress.close()
     save_policies("vdn", args, game, folder, online, shape, history, checkpoints, device)
-    partial_path.unlink(missing_ok=True)
+    training_file.remove()
 
 
 def save_policies(kind: str, args, game: Game, folder: Path, network, shape: dict, history, checkpoints, device) -> None:
@@ -1141,6 +1339,27 @@ def draw_labels(returns, pairs, steepness: float, generator) -> tuple[torch.Tens
     return torch.where(prefers_first, 1, -1).to(torch.int8), mean, std
 
 
+def make_policies(args: Args, game: Game, paths: dict[str, Path], device: torch.device) -> None:
+    """Train expert, rookie and novice, unless another process has made them while this one waited, or --resume finds them."""
+    missing, interrupted = [path for path in paths.values() if not path.exists()], training_path(paths["expert"]).exists()
+    if not missing and not args.train_policies:
+        return
+    if missing and len(missing) < len(paths) and not args.train_policies and not (args.resume and interrupted):
+        raise UserError(f"{missing[0]}: no such file; --train-policies makes all of them anew, writing over the others")
+    if paths["expert"].exists():
+        expert = load_checkpoint(paths["expert"], ("vdn", "pathwise"))
+        if expert["kind"] == "pathwise":
+            raise UserError(f"{paths['expert']}: made by benchmark/train_spread_experts.py; delete it to train by online VDN")
+        same = not missing and policy_args(args).items() <= expert["args"].items()
+        if same and not left_to_do(args, list(paths), list(paths.values()))[0]:
+            return
+    print(f"training {', '.join(paths)} of {game.name} for {paths['expert'].parent}", flush=True)
+    if game.name.startswith("spread-") and game.num_agents > 3:
+        print("with more than 3 agents benchmark/train_spread_experts.py makes better ones in minutes", flush=True)
+    train_policies(args, game, paths["expert"].parent, device)
+
+
+@releasing_locks()
 def main(args: Args) -> None:
     if args.dataset not in MIXTURES:
         raise UserError(f"--dataset {args.dataset}: unknown mixture, choose from {', '.join(MIXTURES)}")
@@ -1155,16 +1374,10 @@ def main(args: Args) -> None:
 
     folder = Path(args.policies_path or Path(__file__).parent / "policies") / env_name
     paths = {policy: folder / f"{policy}.pt" for policy in ("expert", *EARLY_CHECKPOINTS)}
-    missing = [path for path in paths.values() if not path.exists()]
-    if missing and len(missing) < len(paths) and not args.train_policies:
-        raise UserError(f"{missing[0]}: no such file; --train-policies makes all of them anew, writing over the others")
-    if missing or args.train_policies:
-        if paths["expert"].exists() and load_checkpoint(paths["expert"], ("vdn", "pathwise"))["kind"] == "pathwise":
-            raise UserError(f"{paths['expert']}: made by benchmark/train_spread_experts.py; delete it to train by online VDN")
-        print(f"training {', '.join(paths)} of {env_name} for {folder}", flush=True)
-        if env_name.startswith("spread-") and game.num_agents > 3:
-            print("with more than 3 agents benchmark/train_spread_experts.py makes better ones in minutes", flush=True)
-        train_policies(args, game, folder, device)
+    lock_outputs([data_path])
+    if args.train_policies or not all(path.exists() for path in paths.values()):
+        lock_outputs([paths["expert"]], wait=True)
+        make_policies(args, game, paths, device)
     networks, hashes = {}, {}
     for policy, path in paths.items():
         checkpoint = load_checkpoint(path, ("vdn", "pathwise"))
@@ -1182,6 +1395,8 @@ def main(args: Args) -> None:
         check_same_args(data_path, stored, dataset_args(args) | {"env": env_name}, "choose another --data-path or delete it")
         if stored.get("policies") != hashes:
             raise UserError(f"{data_path}: made with other policies; choose another --data-path or delete it")
+    if not left_to_do(args, [args], [data_path])[0]:
+        return
 
     data = play_mixture(args, game, networks, device)
     generator = torch.Generator(device).manual_seed(args.seed + 1)

@@ -42,6 +42,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import zipfile
 from collections.abc import Callable
@@ -106,9 +107,20 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
+TERMINATION = {"requested": False, "deferred": False}  # by SIGTERM; deferred: a training saves first
+
+
+def on_sigterm(*_) -> None:
+    """Exit status 143, at once or, where it is deferred, after the present update."""
+    TERMINATION["requested"] = True
+    if not TERMINATION["deferred"]:
+        sys.exit(143)
+
+
 def run_command_line(main: Callable, args_class: type, presets: dict[str, dict[str, dict]]) -> None:
     """Parse sys.argv into args_class and call main. `--preset NAME --env GAME` replaces defaults by presets[NAME]["all"] and
     presets[NAME][GAME]; a flag given by hand wins over them."""
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         defaults = None
         if presets:
@@ -226,7 +238,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs", "checkpoint_every", "resume"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 

@@ -24,19 +24,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +81,10 @@ class Args:
     """bit-equal runs on CUDA too (on CPU they always are)"""
     track: bool = False
     """log to wandb"""
+    checkpoint_every: int = 1_000
+    """updates between two checkpoints, NAME.training.pt beside the output, from which --resume goes on"""
+    resume: bool = False
+    """go on where a run of the same command was stopped; nothing to do if the output is there"""
 
     network: str = "mlp"
     """mlp or gru"""
@@ -121,9 +129,20 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
+TERMINATION = {"requested": False, "deferred": False}  # by SIGTERM; deferred: a training saves first
+
+
+def on_sigterm(*_) -> None:
+    """Exit status 143, at once or, where it is deferred, after the present update."""
+    TERMINATION["requested"] = True
+    if not TERMINATION["deferred"]:
+        sys.exit(143)
+
+
 def run_command_line(main: Callable, args_class: type, presets: dict[str, dict[str, dict]]) -> None:
     """Parse sys.argv into args_class and call main. `--preset NAME --env GAME` replaces defaults by presets[NAME]["all"] and
     presets[NAME][GAME]; a flag given by hand wins over them."""
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         defaults = None
         if presets:
@@ -274,6 +293,26 @@ def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
     return {name: tensor[s].clone() for name, tensor in stack.state_dict().items()}
 
 
+def keep_run(best: nn.Module, stack: nn.Module, s: int) -> None:
+    """Copy the weights of run s from one stack to another."""
+    with torch.no_grad():
+        for kept, parameter in zip(best.parameters(), stack.parameters(), strict=True):
+            kept[s] = parameter[s]
+
+
+def best_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-best.pt")
+
+
+def stop_at_problems(results: list[dict], paths: list[Path]) -> None:
+    """Raise what went wrong in training, now that all that went well is written."""
+    problems = [(result["problem"], best_path(path)) for result, path in zip(results, paths, strict=True) if result["problem"]]
+    for problem, path in problems[:1]:
+        kept = f"; the best so far is {path}" if path.exists() else ""
+        others = f"; and {len(problems) - 1} more runs" if len(problems) > 1 else ""
+        raise UserError(problem + kept + others)
+
+
 def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
     cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
     rate = torch.tensor(learning_rate, device=device) if cuda else learning_rate
@@ -372,7 +411,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs", "checkpoint_every", "resume"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -506,6 +545,196 @@ def hash_weights(network: nn.Module, stats: dict) -> str:
     for name, tensor in network.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# --- end shared block ---
+
+
+# --- shared block: resume ---
+# Origin: collect_data.py. A process that is killed loses nothing, and two that run at once do not mix their files.
+LOCKS: dict[Path, int] = {}  # descriptors of the lock files, by the outputs that this process is making
+WAIT = "WAIT_FOR_OUTPUTS"  # in the environment of scripts that vdn_rlhf.py starts
+
+
+def lock_outputs(paths: list[Path], wait: bool = False) -> None:
+    """See to it that nobody else writes `paths` until main ends. Where another process is writing one: UserError, or patience
+    where that is wanted. Everybody locks in the same order, so that no two processes wait for each other."""
+    for path in sorted(paths):
+        descriptor = open_lock(path, wait or WAIT in os.environ)
+        if descriptor is not None:
+            LOCKS[path] = descriptor
+        remove_partial(path)
+
+
+def open_lock(path: Path, wait: bool) -> int | None:
+    """Lock `.NAME.lock` beside `path`; the system unlocks it when this process ends, however it does. None where files cannot
+    be locked."""
+    lock_path, told = path.with_name(f".{path.name}.lock"), False
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
+                return descriptor
+        except FileNotFoundError:  # whoever had it has just removed it
+            pass
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"{path}: another process is writing it; wait for it, or choose a --run-name or path") from None
+            if not told:
+                print(f"{path}: another process is writing it, waiting for it", flush=True)
+            told = True
+            time.sleep(0.2)
+        except (OSError, ImportError):  # a file system, or Windows, without locks
+            return descriptor
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def releasing_locks():
+    """Decorates main, which thereby gives back what it locks."""
+    try:
+        yield
+    finally:
+        while LOCKS:
+            path, descriptor = LOCKS.popitem()
+            with contextlib.suppress(OSError):
+                path.with_name(f".{path.name}.lock").unlink()
+            os.close(descriptor)
+
+
+def remove_partial(path: Path) -> None:
+    """What save_file left of a file when its process was killed."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def left_to_do(args, runs: list, paths: list[Path]) -> tuple[list, list[Path]]:
+    """The runs that are still to be made and their outputs: not those that are there, if --resume finds all of them or another
+    process made them while this one was waiting. `paths` that are there are known to be of these settings."""
+    there = [path for path in paths if path.exists()]
+    if WAIT not in os.environ and not (args.resume and there == paths and not training_path(paths[0]).exists()):
+        there = []
+    for path in there:
+        print(f"{path}: is there already, nothing to do", flush=True)
+    left = [(run, path) for run, path in zip(runs, paths, strict=True) if path not in there]
+    return [run for run, _ in left], [path for _, path in left]
+
+
+def training_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.training.pt")
+
+
+class TrainingFile:
+    """The state of a training, from which --resume goes on as if nothing had happened: NAME.training.pt beside its first output
+    NAME.pt, written every --checkpoint-every updates, after every phase and on SIGTERM. Without an output nothing is kept."""
+
+    def __init__(self, output: Path | None = None, args=None, settings=None, device=None, sources=None):
+        """settings {flag: value} and sources {name: hash} have to be the same where --resume goes on."""
+        self.path, self.phases, self.saved, self.last_done = output and training_path(output), {}, None, 0
+        if output is None:
+            return
+        remove_partial(self.path)
+        settings = {name: str(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        sources = sources | {"kind of device": device.type}
+        self.every = args.checkpoint_every
+        self.content = dict(kind="training", args=settings, meta=dict(sources=sources), stats={})
+        if args.resume and self.path.exists():
+            self.saved, advice = load_checkpoint(self.path, ("training",)), "leave out --resume to start anew"
+            check_same_args(self.path, self.saved["args"], settings, advice)
+            for name, value in sources.items():
+                if self.saved["meta"].get("sources", {}).get(name) != value:
+                    raise UserError(f"{self.path}: begun with another {name} than {value}; {advice}")
+        elif args.resume:
+            print(f"{self.path}: no such file, nothing to resume: starting anew", flush=True)
+        elif self.path.exists():
+            print(f"{self.path}: of a run that was stopped; starting anew and writing over it (--resume goes on)", flush=True)
+
+    def begin(self, phase: str, num_updates: int, parts: dict, results: list[dict]) -> int:
+        """Put the parts (networks, optimizers, generators, dicts of tensors) and results (of runs: numbers, lists, dicts) of a
+        phase into the state that was saved -> number of updates done then. They change in place from now on, and SIGTERM
+        waits for `after_update`."""
+        self.phases[phase] = self.phase = dict(done=0, num_updates=num_updates, parts=parts, results=results)
+        if self.saved is not None and phase in self.saved["metrics"]:
+            try:
+                done, saved = self.saved["metrics"][phase]
+                state = self.saved["state_dict"][phase]
+                if type(done) is not int or not 0 < done <= num_updates or not fits(saved, results):
+                    raise ValueError
+                for name, part in parts.items():
+                    load_training_state(part, state[name])
+                for result, values in zip(results, saved, strict=True):
+                    result.update(values)
+            except Exception:  # whatever it is that the file holds
+                raise UserError(f"{self.path}: '{phase}' is damaged; leave out --resume to start anew") from None
+            self.phase["done"] = done
+            print(f"{self.path}: {phase} goes on after {done} of {num_updates} updates", flush=True)
+        self.last_done = self.phase["done"]
+        TERMINATION["deferred"] = self.path is not None and self.last_done < num_updates
+        return self.last_done
+
+    def after_update(self, done: int, last: bool = False) -> None:
+        """To be called when an update and what belongs to it are done; `last`: the phase ends early. Saves where that is due;
+        after a SIGTERM the process ends here."""
+        self.phase["done"], last = done, last or done == self.phase["num_updates"]
+        if self.path is not None and (last or TERMINATION["requested"] or done - self.last_done >= self.every):
+            state_dict = {
+                name: {part: training_state(value) for part, value in phase["parts"].items()}
+                for name, phase in self.phases.items()
+            }
+            metrics = {name: [phase["done"], phase["results"]] for name, phase in self.phases.items()}
+            save_content(self.path, **self.content, state_dict=state_dict, metrics=metrics)
+            self.last_done = done
+        if TERMINATION["requested"]:
+            sys.exit(143)
+        TERMINATION["deferred"] = TERMINATION["deferred"] and not last
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def training_state(part) -> dict:
+    """What a network, an optimizer (Adam), a random number generator or a dict of tensors consists of."""
+    if isinstance(part, torch.Generator):
+        return {"state": part.get_state()}
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = part.param_groups[0]["params"]
+        empty = {i: dict(step=torch.zeros(()), exp_avg=p.data, exp_avg_sq=p.data) for i, p in enumerate(parameters)}
+        return part.state_dict()["state"] or empty  # before the first step: of these shapes
+    return part.state_dict() if isinstance(part, nn.Module) else part
+
+
+def load_training_state(part, state: dict) -> None:
+    """Raises whatever it may where `state` is not of this part."""
+    if not fits(state, training_state(part)):
+        raise ValueError
+    if isinstance(part, torch.Generator):
+        part.set_state(state["state"])
+    elif isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(part.state_dict() | {"state": state})
+    elif isinstance(part, nn.Module):
+        part.load_state_dict(state)
+    else:
+        for name, tensor in part.items():
+            tensor.copy_(state[name])
+
+
+def fits(value, like) -> bool:
+    """Whether what a file holds has the types, keys and shapes of `like`; what lists of numbers hold is not looked at."""
+    if isinstance(like, torch.Tensor):
+        same = isinstance(value, torch.Tensor) and (value.dtype, value.shape) == (like.dtype, like.shape)
+        return same and value.stride() == like.stride()
+    if isinstance(like, dict):
+        return isinstance(value, dict) and value.keys() == like.keys() and all(fits(value[key], like[key]) for key in like)
+    if isinstance(like, list) and like:
+        return isinstance(value, list) and len(value) == len(like) and all(map(fits, value, like))
+    return type(value) is type(like)
 
 
 # --- end shared block ---
@@ -1115,10 +1344,12 @@ def evaluate(policy, observations, actions, trajectories) -> dict[str, float]:
     return dict(zip(("bc/nll", "bc/mode_nll", "bc/accuracy"), (totals / len(trajectories)).tolist(), strict=True))
 
 
-def imitate(runs: list[Args], shape: dict, observations, actions, held_out, training, generators: list, log) -> list[dict]:
+def imitate(
+    runs: list[Args], shape: dict, observations, actions, held_out, training, generators: list, log, training_file=None
+) -> list[dict]:
     """BC policies of that shape, one for each run, from its own training trajectories (S, n) -> their best epochs: weights,
-    epoch and number of updates per second, and a history of [epoch, mode_nll, nll, accuracy]."""
-    args, device = runs[0], observations.device
+    epoch and number of updates per second, a history of [epoch, mode_nll, nll, accuracy], and what went wrong."""
+    args, device, training_file = runs[0], observations.device, training_file or TrainingFile()
     batch_size = min(args.batch_size, training.shape[1])
     updates_per_epoch = training.shape[1] // batch_size  # each epoch leaves out the rest of its order
     num_updates = args.max_epochs * updates_per_epoch
@@ -1129,42 +1360,53 @@ def imitate(runs: list[Args], shape: dict, observations, actions, held_out, trai
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             return bc_loss(stack, observations[batch][..., :-1, :, :], actions[batch], sharpness)
 
+    def draw_batches():
+        for _ in range(args.max_epochs):
+            order = torch.stack([torch.randperm(training.shape[1], generator=generator) for generator in generators]).to(device)
+            yield from training.gather(1, order).split(batch_size, dim=1)[:updates_per_epoch]
+
     update = accelerate(compute_losses, lambda losses: take_step(losses, optimizer, 1.0), args, device)
-    results = [dict(nll=float("inf"), epoch=0, weights=None, history=[]) for _ in runs]
-    progress = tqdm(total=num_updates, desc="imitation", unit="update", mininterval=1)
-    training_time, num_done = 0.0, 0
-    for epoch in range(1, args.max_epochs + 1):
-        start = time.time()
-        order = torch.stack([torch.randperm(training.shape[1], generator=generator) for generator in generators]).to(device)
-        for batch in training.gather(1, order).split(batch_size, dim=1)[:updates_per_epoch]:
-            done = num_done / num_updates
-            # Deterministic annealing: modes that are told apart at once divide the states among themselves instead of the
-            # players. Slowly, they first learn to imitate the whole mixture, and then what is left to explain.
-            sharpness = min(done / args.annealing, 1.0) ** 2 if args.annealing > 0 else 1.0
-            follow_cosine(optimizer, args.learning_rate, done)
-            update(batch, torch.tensor(sharpness).to(device, non_blocking=True))
-            num_done += 1
-            progress.update()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        training_time += time.time() - start
-        for s, result in enumerate(results):
-            policy.load_state_dict(unstack(stack, s))
-            metrics = evaluate(policy, observations, actions, held_out[s])
-            log(s, metrics, epoch * updates_per_epoch)
-            result["history"].append([epoch, metrics["bc/mode_nll"], metrics["bc/nll"], metrics["bc/accuracy"]])
-            if metrics["bc/mode_nll"] < result["nll"]:
-                result |= dict(nll=metrics["bc/mode_nll"], epoch=epoch, weights=unstack(stack, s))
-        progress.set_postfix(nll=f"{metrics['bc/mode_nll']:.4f}")
+    best = copy.deepcopy(stack).requires_grad_(False)  # of every run the epoch with the lowest held-out loss
+    results = [dict(nll=float("inf"), epoch=0, history=[], problem="") for _ in runs]
+    begun = training_file.begin("imitation", num_updates, dict(stack=stack, best=best, optimizer=optimizer), results)
+    progress = tqdm(total=num_updates, initial=begun, desc="imitation", unit="update", mininterval=1)
+    start, evaluation_time = time.time(), 0.0
+    for i, batch in islice(enumerate(draw_batches(), 1), begun, None):
+        done = (i - 1) / num_updates
+        # Deterministic annealing: modes that are told apart at once divide the states among themselves instead of the
+        # players. Slowly, they first learn to imitate the whole mixture, and then what is left to explain.
+        sharpness = min(done / args.annealing, 1.0) ** 2 if args.annealing > 0 else 1.0
+        follow_cosine(optimizer, args.learning_rate, done)
+        update(batch, torch.tensor(sharpness).to(device, non_blocking=True))
+        progress.update()
+        if i % updates_per_epoch == 0:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            epoch, evaluation_start = i // updates_per_epoch, time.time()
+            for s, (run, result) in enumerate(zip(runs, results, strict=True)):
+                policy.load_state_dict(unstack(stack, s))
+                metrics = evaluate(policy, observations, actions, held_out[s])
+                log(s, metrics, i)
+                nll = metrics["bc/mode_nll"]
+                result["history"].append([epoch, nll, metrics["bc/nll"], metrics["bc/accuracy"]])
+                if not math.isfinite(nll) and not result["problem"]:
+                    which = f"seed {run.seed}: bc/mode_nll is {nll} after {i} updates"
+                    result["problem"] = f"{which}; try a smaller --learning-rate than {args.learning_rate:g}"
+                if nll < result["nll"]:
+                    result |= dict(nll=nll, epoch=epoch)
+                    keep_run(best, stack, s)
+            progress.set_postfix(nll=f"{nll:.4f}")
+            evaluation_time += time.time() - evaluation_start
+        hopeless = all(result["problem"] for result in results)
+        training_file.after_update(i, last=hopeless)
+        if hopeless:
+            break
     progress.close()
-    for run, result in zip(runs, results, strict=True):
-        result["speed"] = len(runs) * num_updates / training_time
-        if result["weights"] is None:
-            rate, which = f"{args.learning_rate:g}", f"(seed {run.seed})"
-            raise UserError(f"--learning-rate {rate}: the loss was never finite {which}; try a smaller one")
-    return results
+    speed = len(runs) * (num_updates - begun) / max(time.time() - start - evaluation_time, 1e-9)
+    return [result | dict(weights=unstack(best, s), speed=speed) for s, result in enumerate(results)]
 
 
+@releasing_locks()
 def main(args: Args) -> None:
     device = set_up(args)
     runs = list_runs(args)
@@ -1172,8 +1414,13 @@ def main(args: Args) -> None:
     data_path = Path(args.data_path or f"runs/{env_name}/{args.dataset}/dataset.npz")
     paths = [output_path(run, args.bc_path, data_path.parent, "bc", "", len(runs)) for run in runs]
     data, meta = load_dataset(data_path, env_name, ("observations", "actions"))
+    lock_outputs(paths)
     for run, path in zip(runs, paths, strict=True):
         check_replaceable(path, "bc", run, {"dataset": meta["hash"]})
+    runs, paths = left_to_do(args, runs, paths)
+    if not runs:
+        return
+    training_file = TrainingFile(paths[0], args, vars(args), device, {"dataset": meta["hash"]})
     log = start_tracking(args, [path.stem for path in paths])
 
     observations, actions = data["observations"].to(device), data["actions"].to(device)
@@ -1188,12 +1435,15 @@ def main(args: Args) -> None:
     shape = dict(observation_dim=observations.shape[-1], num_agents=A, num_actions=meta["num_actions"], horizon=T)
     shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, time_input=args.time_input)
     shape |= dict(num_modes=args.num_modes)
-    results = imitate(runs, shape, observations, actions, held_out, training, generators, log)
+    results = imitate(runs, shape, observations, actions, held_out, training, generators, log, training_file)
     if game is None:
         print(f"{env_name} is no game of this script: evaluation skipped")
     policy = AgentNetwork(**shape).to(device)
     policy_meta = dict(env=env_name, sources={"dataset": meta["hash"]}, network=shape)
     for s, (run, path, result) in enumerate(zip(runs, paths, results, strict=True)):
+        if result["problem"] and result["epoch"] == 0:
+            continue
+        path = best_path(path) if result["problem"] else path
         policy.load_state_dict(result["weights"])
         metrics = evaluate(policy, observations, actions, held_out[s])
         metrics |= {"best_epoch": result["epoch"], "speed/updates_per_second": result["speed"]}
@@ -1205,6 +1455,8 @@ def main(args: Args) -> None:
         print(f"{path}: epoch {result['epoch']} of {args.max_epochs}")
         for name, value in metrics.items():
             print(f"  {name:28s} {value:.4f}")
+    stop_at_problems(results, paths)
+    training_file.remove()
 
 
 if __name__ == "__main__":

@@ -32,18 +32,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import glob
 import hashlib
 import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +90,10 @@ class Args:
     """bit-equal runs on CUDA too (on CPU they always are)"""
     track: bool = False
     """log to wandb"""
+    checkpoint_every: int = 1_000
+    """updates between two checkpoints, NAME.training.pt beside the output, from which --resume goes on"""
+    resume: bool = False
+    """go on where a run of the same command was stopped; nothing to do if the output is there"""
 
     input: str = "joint"
     """what r_phi sees: joint (all agents' observations, agent id, own action) or own (own observation, id, own action)"""
@@ -125,9 +133,20 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
+TERMINATION = {"requested": False, "deferred": False}  # by SIGTERM; deferred: a training saves first
+
+
+def on_sigterm(*_) -> None:
+    """Exit status 143, at once or, where it is deferred, after the present update."""
+    TERMINATION["requested"] = True
+    if not TERMINATION["deferred"]:
+        sys.exit(143)
+
+
 def run_command_line(main: Callable, args_class: type, presets: dict[str, dict[str, dict]]) -> None:
     """Parse sys.argv into args_class and call main. `--preset NAME --env GAME` replaces defaults by presets[NAME]["all"] and
     presets[NAME][GAME]; a flag given by hand wins over them."""
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         defaults = None
         if presets:
@@ -278,6 +297,26 @@ def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
     return {name: tensor[s].clone() for name, tensor in stack.state_dict().items()}
 
 
+def keep_run(best: nn.Module, stack: nn.Module, s: int) -> None:
+    """Copy the weights of run s from one stack to another."""
+    with torch.no_grad():
+        for kept, parameter in zip(best.parameters(), stack.parameters(), strict=True):
+            kept[s] = parameter[s]
+
+
+def best_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-best.pt")
+
+
+def stop_at_problems(results: list[dict], paths: list[Path]) -> None:
+    """Raise what went wrong in training, now that all that went well is written."""
+    problems = [(result["problem"], best_path(path)) for result, path in zip(results, paths, strict=True) if result["problem"]]
+    for problem, path in problems[:1]:
+        kept = f"; the best so far is {path}" if path.exists() else ""
+        others = f"; and {len(problems) - 1} more runs" if len(problems) > 1 else ""
+        raise UserError(problem + kept + others)
+
+
 def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
     cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
     rate = torch.tensor(learning_rate, device=device) if cuda else learning_rate
@@ -376,7 +415,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs", "checkpoint_every", "resume"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -510,6 +549,196 @@ def hash_weights(network: nn.Module, stats: dict) -> str:
     for name, tensor in network.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# --- end shared block ---
+
+
+# --- shared block: resume ---
+# Origin: collect_data.py. A process that is killed loses nothing, and two that run at once do not mix their files.
+LOCKS: dict[Path, int] = {}  # descriptors of the lock files, by the outputs that this process is making
+WAIT = "WAIT_FOR_OUTPUTS"  # in the environment of scripts that vdn_rlhf.py starts
+
+
+def lock_outputs(paths: list[Path], wait: bool = False) -> None:
+    """See to it that nobody else writes `paths` until main ends. Where another process is writing one: UserError, or patience
+    where that is wanted. Everybody locks in the same order, so that no two processes wait for each other."""
+    for path in sorted(paths):
+        descriptor = open_lock(path, wait or WAIT in os.environ)
+        if descriptor is not None:
+            LOCKS[path] = descriptor
+        remove_partial(path)
+
+
+def open_lock(path: Path, wait: bool) -> int | None:
+    """Lock `.NAME.lock` beside `path`; the system unlocks it when this process ends, however it does. None where files cannot
+    be locked."""
+    lock_path, told = path.with_name(f".{path.name}.lock"), False
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
+                return descriptor
+        except FileNotFoundError:  # whoever had it has just removed it
+            pass
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"{path}: another process is writing it; wait for it, or choose a --run-name or path") from None
+            if not told:
+                print(f"{path}: another process is writing it, waiting for it", flush=True)
+            told = True
+            time.sleep(0.2)
+        except (OSError, ImportError):  # a file system, or Windows, without locks
+            return descriptor
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def releasing_locks():
+    """Decorates main, which thereby gives back what it locks."""
+    try:
+        yield
+    finally:
+        while LOCKS:
+            path, descriptor = LOCKS.popitem()
+            with contextlib.suppress(OSError):
+                path.with_name(f".{path.name}.lock").unlink()
+            os.close(descriptor)
+
+
+def remove_partial(path: Path) -> None:
+    """What save_file left of a file when its process was killed."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def left_to_do(args, runs: list, paths: list[Path]) -> tuple[list, list[Path]]:
+    """The runs that are still to be made and their outputs: not those that are there, if --resume finds all of them or another
+    process made them while this one was waiting. `paths` that are there are known to be of these settings."""
+    there = [path for path in paths if path.exists()]
+    if WAIT not in os.environ and not (args.resume and there == paths and not training_path(paths[0]).exists()):
+        there = []
+    for path in there:
+        print(f"{path}: is there already, nothing to do", flush=True)
+    left = [(run, path) for run, path in zip(runs, paths, strict=True) if path not in there]
+    return [run for run, _ in left], [path for _, path in left]
+
+
+def training_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.training.pt")
+
+
+class TrainingFile:
+    """The state of a training, from which --resume goes on as if nothing had happened: NAME.training.pt beside its first output
+    NAME.pt, written every --checkpoint-every updates, after every phase and on SIGTERM. Without an output nothing is kept."""
+
+    def __init__(self, output: Path | None = None, args=None, settings=None, device=None, sources=None):
+        """settings {flag: value} and sources {name: hash} have to be the same where --resume goes on."""
+        self.path, self.phases, self.saved, self.last_done = output and training_path(output), {}, None, 0
+        if output is None:
+            return
+        remove_partial(self.path)
+        settings = {name: str(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        sources = sources | {"kind of device": device.type}
+        self.every = args.checkpoint_every
+        self.content = dict(kind="training", args=settings, meta=dict(sources=sources), stats={})
+        if args.resume and self.path.exists():
+            self.saved, advice = load_checkpoint(self.path, ("training",)), "leave out --resume to start anew"
+            check_same_args(self.path, self.saved["args"], settings, advice)
+            for name, value in sources.items():
+                if self.saved["meta"].get("sources", {}).get(name) != value:
+                    raise UserError(f"{self.path}: begun with another {name} than {value}; {advice}")
+        elif args.resume:
+            print(f"{self.path}: no such file, nothing to resume: starting anew", flush=True)
+        elif self.path.exists():
+            print(f"{self.path}: of a run that was stopped; starting anew and writing over it (--resume goes on)", flush=True)
+
+    def begin(self, phase: str, num_updates: int, parts: dict, results: list[dict]) -> int:
+        """Put the parts (networks, optimizers, generators, dicts of tensors) and results (of runs: numbers, lists, dicts) of a
+        phase into the state that was saved -> number of updates done then. They change in place from now on, and SIGTERM
+        waits for `after_update`."""
+        self.phases[phase] = self.phase = dict(done=0, num_updates=num_updates, parts=parts, results=results)
+        if self.saved is not None and phase in self.saved["metrics"]:
+            try:
+                done, saved = self.saved["metrics"][phase]
+                state = self.saved["state_dict"][phase]
+                if type(done) is not int or not 0 < done <= num_updates or not fits(saved, results):
+                    raise ValueError
+                for name, part in parts.items():
+                    load_training_state(part, state[name])
+                for result, values in zip(results, saved, strict=True):
+                    result.update(values)
+            except Exception:  # whatever it is that the file holds
+                raise UserError(f"{self.path}: '{phase}' is damaged; leave out --resume to start anew") from None
+            self.phase["done"] = done
+            print(f"{self.path}: {phase} goes on after {done} of {num_updates} updates", flush=True)
+        self.last_done = self.phase["done"]
+        TERMINATION["deferred"] = self.path is not None and self.last_done < num_updates
+        return self.last_done
+
+    def after_update(self, done: int, last: bool = False) -> None:
+        """To be called when an update and what belongs to it are done; `last`: the phase ends early. Saves where that is due;
+        after a SIGTERM the process ends here."""
+        self.phase["done"], last = done, last or done == self.phase["num_updates"]
+        if self.path is not None and (last or TERMINATION["requested"] or done - self.last_done >= self.every):
+            state_dict = {
+                name: {part: training_state(value) for part, value in phase["parts"].items()}
+                for name, phase in self.phases.items()
+            }
+            metrics = {name: [phase["done"], phase["results"]] for name, phase in self.phases.items()}
+            save_content(self.path, **self.content, state_dict=state_dict, metrics=metrics)
+            self.last_done = done
+        if TERMINATION["requested"]:
+            sys.exit(143)
+        TERMINATION["deferred"] = TERMINATION["deferred"] and not last
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def training_state(part) -> dict:
+    """What a network, an optimizer (Adam), a random number generator or a dict of tensors consists of."""
+    if isinstance(part, torch.Generator):
+        return {"state": part.get_state()}
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = part.param_groups[0]["params"]
+        empty = {i: dict(step=torch.zeros(()), exp_avg=p.data, exp_avg_sq=p.data) for i, p in enumerate(parameters)}
+        return part.state_dict()["state"] or empty  # before the first step: of these shapes
+    return part.state_dict() if isinstance(part, nn.Module) else part
+
+
+def load_training_state(part, state: dict) -> None:
+    """Raises whatever it may where `state` is not of this part."""
+    if not fits(state, training_state(part)):
+        raise ValueError
+    if isinstance(part, torch.Generator):
+        part.set_state(state["state"])
+    elif isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(part.state_dict() | {"state": state})
+    elif isinstance(part, nn.Module):
+        part.load_state_dict(state)
+    else:
+        for name, tensor in part.items():
+            tensor.copy_(state[name])
+
+
+def fits(value, like) -> bool:
+    """Whether what a file holds has the types, keys and shapes of `like`; what lists of numbers hold is not looked at."""
+    if isinstance(like, torch.Tensor):
+        same = isinstance(value, torch.Tensor) and (value.dtype, value.shape) == (like.dtype, like.shape)
+        return same and value.stride() == like.stride()
+    if isinstance(like, dict):
+        return isinstance(value, dict) and value.keys() == like.keys() and all(fits(value[key], like[key]) for key in like)
+    if isinstance(like, list) and like:
+        return isinstance(value, list) and len(value) == len(like) and all(map(fits, value, like))
+    return type(value) is type(like)
 
 
 # --- end shared block ---
@@ -842,10 +1071,12 @@ def compare_with_truth(model, data: dict, minibatches: tuple, meta: dict) -> dic
     return metrics
 
 
-def learn_rewards(runs: list[Args], shape: dict, data: dict, parts: list, generators: list, log) -> list[dict]:
+def learn_rewards(
+    runs: list[Args], shape: dict, data: dict, parts: list, generators: list, log, training_file: TrainingFile | None = None
+) -> list[dict]:
     """Reward models of that shape, one for each run, on its own split of the data -> their best epochs: weights, epoch and
-    number of updates per second, the final weights, and a history of [epoch, nll, smoothness, accuracy]."""
-    args, device = runs[0], parts[0][0].device
+    number of updates per second, the final weights, a history of [epoch, nll, smoothness, accuracy], and what went wrong."""
+    args, device, training_file = runs[0], parts[0][0].device, training_file or TrainingFile()
     training, validation, _ = parts
     num_minibatches = training[0].shape[1]
     num_updates = args.max_epochs * num_minibatches
@@ -860,36 +1091,54 @@ def learn_rewards(runs: list[Args], shape: dict, data: dict, parts: list, genera
             rewards = stack(data["observations"][trajectories][..., :-1, :, :], data["actions"][trajectories])
         return reward_loss(rewards, pairs, labels, alphas)[0]
 
+    def draw_minibatches():
+        for _ in range(args.max_epochs):
+            orders = [torch.randperm(num_minibatches, generator=generator) for generator in generators]
+            yield from torch.stack(orders, dim=1).to(device)
+
     update = accelerate(compute_losses, lambda losses: take_step(losses, optimizer), args, device)
-    results = [dict(loss=float("inf"), epoch=0, weights=None, history=[]) for _ in runs]
+    best = copy.deepcopy(stack).requires_grad_(False)  # of every run the epoch with the lowest loss
+    results = [dict(loss=float("inf"), nll=float("inf"), epoch=0, history=[], problem="") for _ in runs]
+    begun = training_file.begin("reward model", num_updates, dict(stack=stack, best=best, optimizer=optimizer), results)
     values = ", ".join(f"{alpha:g}" for alpha in dict.fromkeys(alphas.tolist()))
-    progress = tqdm(total=num_updates, desc=f"reward model, alpha {values}", unit="update", mininterval=1)
-    training_time, num_done = 0.0, 0
-    for epoch in range(1, args.max_epochs + 1):
-        start = time.time()
-        orders = [torch.randperm(num_minibatches, generator=generator) for generator in generators]
-        for minibatch in torch.stack(orders, dim=1).to(device):
-            follow_cosine(optimizer, args.learning_rate, num_done / num_updates)
-            update(minibatch)
-            num_done += 1
-            progress.update()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        training_time += time.time() - start
-        for s, (run, result) in enumerate(zip(runs, results, strict=True)):
-            model.load_state_dict(unstack(stack, s))
-            metrics = evaluate(model, data, [x[s] for x in validation], run.alpha)
-            log(s, {f"validation/{name}": value for name, value in metrics.items()}, epoch * num_minibatches)
-            result["history"].append([epoch, metrics["losses/nll"], metrics["losses/smoothness"], metrics["reward/accuracy"]])
-            if metrics["losses/loss"] < result["loss"]:  # Eq. (1) of the early-stopping part
-                result |= dict(loss=metrics["losses/loss"], epoch=epoch, weights=unstack(stack, s))
-        progress.set_postfix(nll=f"{metrics['losses/nll']:.4f}", accuracy=f"{metrics['reward/accuracy']:.3f}")
+    progress = tqdm(total=num_updates, initial=begun, desc=f"reward model, alpha {values}", unit="update", mininterval=1)
+    start, evaluation_time = time.time(), 0.0
+    for i, minibatch in islice(enumerate(draw_minibatches(), 1), begun, None):
+        follow_cosine(optimizer, args.learning_rate, (i - 1) / num_updates)
+        update(minibatch)
+        progress.update()
+        if i % num_minibatches == 0:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            epoch, evaluation_start = i // num_minibatches, time.time()
+            for s, (run, result) in enumerate(zip(runs, results, strict=True)):
+                model.load_state_dict(unstack(stack, s))
+                metrics = evaluate(model, data, [x[s] for x in validation], run.alpha)
+                log(s, {f"validation/{name}": value for name, value in metrics.items()}, i)
+                loss, nll = metrics["losses/loss"], metrics["losses/nll"]  # Eq. (1) and its likelihood, early-stopping part
+                result["history"].append([epoch, nll, metrics["losses/smoothness"], metrics["reward/accuracy"]])
+                if not math.isfinite(loss) and not result["problem"]:
+                    which = f"seed {run.seed}, alpha {run.alpha:g}: losses/loss is {loss} after {i} updates"
+                    result["problem"] = f"{which}; try a smaller --learning-rate than {args.learning_rate:g}"
+                if loss < result["loss"]:
+                    result |= dict(loss=loss, nll=nll, epoch=epoch)
+                    keep_run(best, stack, s)
+            progress.set_postfix(nll=f"{nll:.4f}", accuracy=f"{metrics['reward/accuracy']:.3f}")
+            evaluation_time += time.time() - evaluation_start
+        hopeless = all(result["problem"] for result in results)
+        training_file.after_update(i, last=hopeless)
+        if hopeless:
+            break
     progress.close()
+    speed = len(runs) * (num_updates - begun) / max(time.time() - start - evaluation_time, 1e-9)
     for s, (run, result) in enumerate(zip(runs, results, strict=True)):
-        result |= dict(final_weights=unstack(stack, s), speed=len(runs) * num_updates / training_time)
-        if result["weights"] is None:
-            which = f"(seed {run.seed}, alpha {run.alpha:g})"
-            raise UserError(f"--learning-rate {args.learning_rate:g}: the loss was never finite {which}; try a smaller one")
+        result |= dict(weights=unstack(best, s), final_weights=unstack(stack, s), speed=speed)
+        if not result["problem"] and result["nll"] > math.log(2) - 1e-6:
+            labels = training[2][s].unique().tolist()
+            one_sign = f" (all labels are {labels[0]:+.0f})" if len(labels) == 1 else ""
+            which = f"seed {run.seed}, alpha {run.alpha:g}: losses/nll is {result['nll']:.4f} on held-out pairs{one_sign}"
+            advice = "try more pairs, more --max-epochs, another --learning-rate or a smaller --alpha"
+            result["problem"] = f"{which}, not below chance ({math.log(2):.4f}): the reward model learned nothing; {advice}"
     return results
 
 
@@ -917,6 +1166,7 @@ def report(run: Args, path: Path, model: RewardNetwork, shape: dict, data: dict,
     return metrics
 
 
+@releasing_locks()
 def main(args: Args) -> None:
     device = set_up(args)
     runs = list_runs(args, "alpha")
@@ -924,8 +1174,13 @@ def main(args: Args) -> None:
     data_path = Path(args.data_path or f"runs/{env_name}/{args.dataset}/dataset.npz")
     paths = [output_path(run, args.reward_path, data_path.parent, "reward", f"-alpha{run.alpha:g}", len(runs)) for run in runs]
     data, meta = load_dataset(data_path, env_name, ("observations", "actions", "pairs", "labels"), ("block", "true_rewards"))
+    lock_outputs(paths)
     for run, path in zip(runs, paths, strict=True):
         check_replaceable(path, "reward", run, {"dataset": meta["hash"]})
+    runs, paths = left_to_do(args, runs, paths)
+    if not runs:
+        return
+    training_file = TrainingFile(paths[0], args, vars(args), device, {"dataset": meta["hash"]})
     log = start_tracking(args, [path.stem for path in paths])
 
     generators = [torch.Generator().manual_seed(run.seed) for run in runs]
@@ -937,11 +1192,15 @@ def main(args: Args) -> None:
     shape = dict(observation_dim=data["observations"].shape[-1], num_agents=data["actions"].shape[2])
     shape |= dict(num_actions=meta["num_actions"], input=args.input, network=args.network)
     shape |= dict(hidden_dim=args.hidden_dim, num_layers=args.num_layers)
-    results = learn_rewards(runs, shape, data, parts, generators, log)
+    results = learn_rewards(runs, shape, data, parts, generators, log, training_file)
     model = RewardNetwork(**shape).to(device)
     for s, (run, path, result) in enumerate(zip(runs, paths, results, strict=True)):
-        metrics = report(run, path, model, shape, data, [[x[s] for x in part] for part in parts], result, meta)
-        log(s, metrics, args.max_epochs * parts[0][0].shape[1])
+        if result["epoch"] > 0:
+            path = best_path(path) if result["problem"] else path
+            metrics = report(run, path, model, shape, data, [[x[s] for x in part] for part in parts], result, meta)
+            log(s, metrics, args.max_epochs * parts[0][0].shape[1])
+    stop_at_problems(results, paths)
+    training_file.remove()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import glob
 import hashlib
 import io
 import json
@@ -48,6 +50,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partialmethod
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,10 @@ class Args:
     """bit-equal runs on CUDA too (on CPU they always are)"""
     track: bool = False
     """log to wandb"""
+    checkpoint_every: int = 1_000
+    """updates between two checkpoints, NAME.training.pt beside the output, from which --resume goes on"""
+    resume: bool = False
+    """go on where a run of the same command was stopped; nothing to do if the output is there"""
 
     network: str = "mlp"
     """Q-network: mlp or gru (paper: gru)"""
@@ -157,9 +164,20 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
 
+TERMINATION = {"requested": False, "deferred": False}  # by SIGTERM; deferred: a training saves first
+
+
+def on_sigterm(*_) -> None:
+    """Exit status 143, at once or, where it is deferred, after the present update."""
+    TERMINATION["requested"] = True
+    if not TERMINATION["deferred"]:
+        sys.exit(143)
+
+
 def run_command_line(main: Callable, args_class: type, presets: dict[str, dict[str, dict]]) -> None:
     """Parse sys.argv into args_class and call main. `--preset NAME --env GAME` replaces defaults by presets[NAME]["all"] and
     presets[NAME][GAME]; a flag given by hand wins over them."""
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         defaults = None
         if presets:
@@ -310,6 +328,26 @@ def unstack(stack: nn.Module, s: int) -> dict[str, torch.Tensor]:
     return {name: tensor[s].clone() for name, tensor in stack.state_dict().items()}
 
 
+def keep_run(best: nn.Module, stack: nn.Module, s: int) -> None:
+    """Copy the weights of run s from one stack to another."""
+    with torch.no_grad():
+        for kept, parameter in zip(best.parameters(), stack.parameters(), strict=True):
+            kept[s] = parameter[s]
+
+
+def best_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-best.pt")
+
+
+def stop_at_problems(results: list[dict], paths: list[Path]) -> None:
+    """Raise what went wrong in training, now that all that went well is written."""
+    problems = [(result["problem"], best_path(path)) for result, path in zip(results, paths, strict=True) if result["problem"]]
+    for problem, path in problems[:1]:
+        kept = f"; the best so far is {path}" if path.exists() else ""
+        others = f"; and {len(problems) - 1} more runs" if len(problems) > 1 else ""
+        raise UserError(problem + kept + others)
+
+
 def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
     cuda = device.type == "cuda"  # where everything that changes has to stand in a tensor, for CUDA graphs
     rate = torch.tensor(learning_rate, device=device) if cuda else learning_rate
@@ -408,7 +446,7 @@ FORMAT = 1
 # Flags that may differ between the command that made a file and the one that reuses it or writes it anew. What stands in
 # the files that paths name is compared by its hash.
 NEUTRAL_ARGS = {"device", "num_threads", "track", "deterministic", "data_path", "reward_path", "bc_path", "vdn_path"}
-NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs"}
+NEUTRAL_ARGS |= {"policies_path", "prey_path", "compile", "cudagraphs", "checkpoint_every", "resume"}
 NEUTRAL_ARGS |= {"num_agents", "num_landmarks"}  # stand in the game's name, which is compared wherever it matters
 
 
@@ -542,6 +580,196 @@ def hash_weights(network: nn.Module, stats: dict) -> str:
     for name, tensor in network.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# --- end shared block ---
+
+
+# --- shared block: resume ---
+# Origin: collect_data.py. A process that is killed loses nothing, and two that run at once do not mix their files.
+LOCKS: dict[Path, int] = {}  # descriptors of the lock files, by the outputs that this process is making
+WAIT = "WAIT_FOR_OUTPUTS"  # in the environment of scripts that vdn_rlhf.py starts
+
+
+def lock_outputs(paths: list[Path], wait: bool = False) -> None:
+    """See to it that nobody else writes `paths` until main ends. Where another process is writing one: UserError, or patience
+    where that is wanted. Everybody locks in the same order, so that no two processes wait for each other."""
+    for path in sorted(paths):
+        descriptor = open_lock(path, wait or WAIT in os.environ)
+        if descriptor is not None:
+            LOCKS[path] = descriptor
+        remove_partial(path)
+
+
+def open_lock(path: Path, wait: bool) -> int | None:
+    """Lock `.NAME.lock` beside `path`; the system unlocks it when this process ends, however it does. None where files cannot
+    be locked."""
+    lock_path, told = path.with_name(f".{path.name}.lock"), False
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
+                return descriptor
+        except FileNotFoundError:  # whoever had it has just removed it
+            pass
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"{path}: another process is writing it; wait for it, or choose a --run-name or path") from None
+            if not told:
+                print(f"{path}: another process is writing it, waiting for it", flush=True)
+            told = True
+            time.sleep(0.2)
+        except (OSError, ImportError):  # a file system, or Windows, without locks
+            return descriptor
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def releasing_locks():
+    """Decorates main, which thereby gives back what it locks."""
+    try:
+        yield
+    finally:
+        while LOCKS:
+            path, descriptor = LOCKS.popitem()
+            with contextlib.suppress(OSError):
+                path.with_name(f".{path.name}.lock").unlink()
+            os.close(descriptor)
+
+
+def remove_partial(path: Path) -> None:
+    """What save_file left of a file when its process was killed."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def left_to_do(args, runs: list, paths: list[Path]) -> tuple[list, list[Path]]:
+    """The runs that are still to be made and their outputs: not those that are there, if --resume finds all of them or another
+    process made them while this one was waiting. `paths` that are there are known to be of these settings."""
+    there = [path for path in paths if path.exists()]
+    if WAIT not in os.environ and not (args.resume and there == paths and not training_path(paths[0]).exists()):
+        there = []
+    for path in there:
+        print(f"{path}: is there already, nothing to do", flush=True)
+    left = [(run, path) for run, path in zip(runs, paths, strict=True) if path not in there]
+    return [run for run, _ in left], [path for _, path in left]
+
+
+def training_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.training.pt")
+
+
+class TrainingFile:
+    """The state of a training, from which --resume goes on as if nothing had happened: NAME.training.pt beside its first output
+    NAME.pt, written every --checkpoint-every updates, after every phase and on SIGTERM. Without an output nothing is kept."""
+
+    def __init__(self, output: Path | None = None, args=None, settings=None, device=None, sources=None):
+        """settings {flag: value} and sources {name: hash} have to be the same where --resume goes on."""
+        self.path, self.phases, self.saved, self.last_done = output and training_path(output), {}, None, 0
+        if output is None:
+            return
+        remove_partial(self.path)
+        settings = {name: str(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        sources = sources | {"kind of device": device.type}
+        self.every = args.checkpoint_every
+        self.content = dict(kind="training", args=settings, meta=dict(sources=sources), stats={})
+        if args.resume and self.path.exists():
+            self.saved, advice = load_checkpoint(self.path, ("training",)), "leave out --resume to start anew"
+            check_same_args(self.path, self.saved["args"], settings, advice)
+            for name, value in sources.items():
+                if self.saved["meta"].get("sources", {}).get(name) != value:
+                    raise UserError(f"{self.path}: begun with another {name} than {value}; {advice}")
+        elif args.resume:
+            print(f"{self.path}: no such file, nothing to resume: starting anew", flush=True)
+        elif self.path.exists():
+            print(f"{self.path}: of a run that was stopped; starting anew and writing over it (--resume goes on)", flush=True)
+
+    def begin(self, phase: str, num_updates: int, parts: dict, results: list[dict]) -> int:
+        """Put the parts (networks, optimizers, generators, dicts of tensors) and results (of runs: numbers, lists, dicts) of a
+        phase into the state that was saved -> number of updates done then. They change in place from now on, and SIGTERM
+        waits for `after_update`."""
+        self.phases[phase] = self.phase = dict(done=0, num_updates=num_updates, parts=parts, results=results)
+        if self.saved is not None and phase in self.saved["metrics"]:
+            try:
+                done, saved = self.saved["metrics"][phase]
+                state = self.saved["state_dict"][phase]
+                if type(done) is not int or not 0 < done <= num_updates or not fits(saved, results):
+                    raise ValueError
+                for name, part in parts.items():
+                    load_training_state(part, state[name])
+                for result, values in zip(results, saved, strict=True):
+                    result.update(values)
+            except Exception:  # whatever it is that the file holds
+                raise UserError(f"{self.path}: '{phase}' is damaged; leave out --resume to start anew") from None
+            self.phase["done"] = done
+            print(f"{self.path}: {phase} goes on after {done} of {num_updates} updates", flush=True)
+        self.last_done = self.phase["done"]
+        TERMINATION["deferred"] = self.path is not None and self.last_done < num_updates
+        return self.last_done
+
+    def after_update(self, done: int, last: bool = False) -> None:
+        """To be called when an update and what belongs to it are done; `last`: the phase ends early. Saves where that is due;
+        after a SIGTERM the process ends here."""
+        self.phase["done"], last = done, last or done == self.phase["num_updates"]
+        if self.path is not None and (last or TERMINATION["requested"] or done - self.last_done >= self.every):
+            state_dict = {
+                name: {part: training_state(value) for part, value in phase["parts"].items()}
+                for name, phase in self.phases.items()
+            }
+            metrics = {name: [phase["done"], phase["results"]] for name, phase in self.phases.items()}
+            save_content(self.path, **self.content, state_dict=state_dict, metrics=metrics)
+            self.last_done = done
+        if TERMINATION["requested"]:
+            sys.exit(143)
+        TERMINATION["deferred"] = TERMINATION["deferred"] and not last
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def training_state(part) -> dict:
+    """What a network, an optimizer (Adam), a random number generator or a dict of tensors consists of."""
+    if isinstance(part, torch.Generator):
+        return {"state": part.get_state()}
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = part.param_groups[0]["params"]
+        empty = {i: dict(step=torch.zeros(()), exp_avg=p.data, exp_avg_sq=p.data) for i, p in enumerate(parameters)}
+        return part.state_dict()["state"] or empty  # before the first step: of these shapes
+    return part.state_dict() if isinstance(part, nn.Module) else part
+
+
+def load_training_state(part, state: dict) -> None:
+    """Raises whatever it may where `state` is not of this part."""
+    if not fits(state, training_state(part)):
+        raise ValueError
+    if isinstance(part, torch.Generator):
+        part.set_state(state["state"])
+    elif isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(part.state_dict() | {"state": state})
+    elif isinstance(part, nn.Module):
+        part.load_state_dict(state)
+    else:
+        for name, tensor in part.items():
+            tensor.copy_(state[name])
+
+
+def fits(value, like) -> bool:
+    """Whether what a file holds has the types, keys and shapes of `like`; what lists of numbers hold is not looked at."""
+    if isinstance(like, torch.Tensor):
+        same = isinstance(value, torch.Tensor) and (value.dtype, value.shape) == (like.dtype, like.shape)
+        return same and value.stride() == like.stride()
+    if isinstance(like, dict):
+        return isinstance(value, dict) and value.keys() == like.keys() and all(fits(value[key], like[key]) for key in like)
+    if isinstance(like, list) and like:
+        return isinstance(value, list) and len(value) == len(like) and all(map(fits, value, like))
+    return type(value) is type(like)
 
 
 # --- end shared block ---
@@ -1274,11 +1502,11 @@ def trajectory_weights(bc_policy: AgentNetwork, observations, actions, team_retu
 
 
 def make_reference_policies(
-    runs: list[Args], bc_policies: list, shape: dict, observations, actions, team_returns, generators: list
+    runs: list[Args], bc_policies: list, shape: dict, observations, actions, team_returns, generators: list, training_file=None
 ) -> list[AgentNetwork]:
     """pi_ref of every run: imitation of the reweighted trajectories by a network of that shape, but with one mode. Without
     modes, or without a KL term that says how much to trust them, it is the BC policy. team_returns (S, N)."""
-    args, device, references = runs[0], observations.device, list(bc_policies)
+    args, device, references, training_file = runs[0], observations.device, list(bc_policies), training_file or TrainingFile()
     chosen = [s for s, run in enumerate(runs) if bc_policies[s].num_modes > 1 and run.beta > 0 and run.imitation_updates > 0]
     for s in set(range(len(runs))) - set(chosen):
         reason = "it has one mode" if bc_policies[s].num_modes == 1 else "no reweighting asked for"
@@ -1307,13 +1535,21 @@ def make_reference_policies(
         return (nll * weight / weight.sum(dim=-1, keepdim=True)).sum(dim=-1).mean(dim=-1)
 
     update = accelerate(compute_losses, lambda losses: take_step(losses, optimizer, 1.0), args, device)
-    for i, batch in enumerate(tqdm(batches, desc="imitation, reweighted", unit="update", mininterval=1)):
-        follow_cosine(optimizer, args.imitation_learning_rate, i / len(batches))
+    num_updates = len(batches)
+    begun = training_file.begin("imitation", num_updates, dict(stack=stack, optimizer=optimizer), [])
+    progress = tqdm(total=num_updates, initial=begun, desc="imitation, reweighted", unit="update", mininterval=1)
+    for i, batch in islice(enumerate(batches, 1), begun, None):
+        follow_cosine(optimizer, args.imitation_learning_rate, (i - 1) / num_updates)
         losses = update(batch)
-    for position, (s, loss) in enumerate(zip(chosen, losses.tolist(), strict=True)):
-        if not math.isfinite(loss):
-            advice = "try a smaller --imitation-learning-rate"
-            raise UserError(f"the imitation for pi_ref of seed {runs[s].seed} ended with the loss {loss}; {advice}")
+        progress.update()
+        for s, loss in zip(chosen, losses.tolist(), strict=True) if i == num_updates else ():
+            if not math.isfinite(loss):
+                which = f"seed {runs[s].seed}, beta {runs[s].beta:g}: the loss of the imitation for pi_ref is {loss}"
+                advice = f"try a smaller --imitation-learning-rate than {args.imitation_learning_rate:g}"
+                raise UserError(f"{which} after {i} updates; {advice}")
+        training_file.after_update(i)
+    progress.close()
+    for position, s in enumerate(chosen):
         references[s] = AgentNetwork(**shape).to(device).requires_grad_(False)
         references[s].load_state_dict(unstack(stack, position))
     return references
@@ -1332,11 +1568,11 @@ def evaluate(game: Game, online, reference_policy, seed: int, device) -> dict[st
 
 
 def learn_policies(
-    runs: list[Args], game, shape: dict, observations, actions, rewards, references: list, generators: list, log
+    runs: list[Args], game, shape: dict, observations, actions, rewards, references, generators, log, training_file=None
 ) -> list[dict]:
     """Offline VDN with Q-networks of that shape, one for each run, for its rewards (S, N, T): sum_i r_std,i. -> the policy of
-    every run, the one with the best test return (None for a game that cannot be played) and metrics."""
-    args, device, actions = runs[0], observations.device, actions.long()
+    every run, the one with the best test return (None for a game that cannot be played), metrics, and what went wrong."""
+    args, device, actions, training_file = runs[0], observations.device, actions.long(), training_file or TrainingFile()
     chunks = tqdm(observations.split(1024), desc="reference policies", unit="chunk", mininterval=1)
     kl = [
         [kl_rewards(pi_ref(chunk[:, :-1])[0], run.beta, run.kl_clip) for pi_ref, run in zip(references, runs, strict=True)]
@@ -1363,39 +1599,55 @@ def learn_policies(
         with torch.no_grad():
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), args.target_update_rate)
 
-    def make_policy(s: int) -> nn.Module:
+    def make_policy(stack: nn.Module, s: int) -> nn.Module:
         values = AgentNetwork(**shape).to(device).requires_grad_(False)
-        values.load_state_dict(unstack(online, s))
+        values.load_state_dict(unstack(stack, s))
         return RegularizedPolicy(values, references[s], runs[s].beta, args.kl_clip) if args.known_kl else values
 
     update = accelerate(compute_losses, step, args, device)
-    results = [dict(policy=None, best_policy=None, best_return=-float("inf"), metrics={}, history=[]) for _ in runs]
+    best = copy.deepcopy(online).requires_grad_(False)  # of every run the weights with the best test return
+    names = ["losses/td_loss"] if game is None else ["losses/td_loss", *game.metrics(0.0), "charts/log_pi_ref"]
+    metrics = dict.fromkeys(names, math.nan)
+    results = [dict(best_return=-float("inf"), metrics=metrics, history=[], problem="") for _ in runs]
+    parts = dict(online=online, target=target, best=best, optimizer=optimizer)
+    begun = training_file.begin("VDN", args.num_updates, parts, results)
     eval_every = max(args.num_updates // 20, 1)
     values = ", ".join(f"{run.beta:g}" for run in runs if run.seed == args.seed)
-    progress = tqdm(batches, desc=f"offline VDN, beta {values}", unit="update", mininterval=1)
+    progress = tqdm(total=args.num_updates, initial=begun, desc=f"offline VDN, beta {values}", unit="update", mininterval=1)
     start, evaluation_time = time.time(), 0.0
-    for i, batch in enumerate(progress, 1):
+    for i, batch in islice(enumerate(batches, 1), begun, None):
         follow_cosine(optimizer, args.learning_rate, (i - 1) / args.num_updates)
         losses = update(batch)
+        progress.update()
         if i % eval_every == 0 or i == args.num_updates:
             losses, evaluation_start = losses.tolist(), time.time()
             for s, (run, result) in enumerate(zip(runs, results, strict=True)):
-                if not math.isfinite(losses[s]):
-                    which = f"seed {run.seed}, beta {run.beta:g}"
-                    raise UserError(f"{which}: losses/td_loss is {losses[s]} after {i} updates; try a smaller --learning-rate")
-                metrics, policy = {"losses/td_loss": losses[s]}, make_policy(s)
+                if not math.isfinite(losses[s]) and not result["problem"]:
+                    which = f"seed {run.seed}, beta {run.beta:g}: losses/td_loss is {losses[s]} after {i} updates"
+                    result["problem"] = f"{which}; try a smaller --learning-rate than {args.learning_rate:g}"
+                if result["problem"]:
+                    continue
+                metrics = {"losses/td_loss": losses[s]}
                 if game is not None:
-                    metrics |= evaluate(game, policy, references[s], run.seed + i, device)
+                    metrics |= evaluate(game, make_policy(online, s), references[s], run.seed + i, device)
                     progress.set_postfix({"return": f"{metrics['charts/test_return']:.2f}"})
                     if metrics["charts/test_return"] > result["best_return"]:
-                        result |= dict(best_return=metrics["charts/test_return"], best_policy=policy)
+                        result["best_return"] = metrics["charts/test_return"]
+                        keep_run(best, online, s)
                 log(s, metrics, i)
                 result["history"].append({"update": i, **metrics})
-                result |= dict(policy=policy, metrics=metrics)
+                result["metrics"] = metrics
             evaluation_time += time.time() - evaluation_start
-    speed = len(runs) * args.num_updates / (time.time() - start - evaluation_time)
+        hopeless = all(result["problem"] for result in results)
+        training_file.after_update(i, last=hopeless)
+        if hopeless:
+            break
+    progress.close()
+    speed = len(runs) * (args.num_updates - begun) / max(time.time() - start - evaluation_time, 1e-9)
     for s, (run, result) in enumerate(zip(runs, results, strict=True)):
-        result["metrics"]["speed/updates_per_second"] = speed
+        result["policy"] = None if result["problem"] else make_policy(online, s)
+        result["best_policy"] = make_policy(best, s) if result["best_return"] > -float("inf") else None
+        result["metrics"] = result["metrics"] | {"speed/updates_per_second": speed}
         if game is not None:
             reference_return = mean_return(game, references[s], TEST_EPISODES, run.seed + 10**6, device)
             result["metrics"]["charts/reference_return"] = reference_return
@@ -1405,7 +1657,7 @@ def learn_policies(
 
 def make_missing(files: list[tuple[Path, bool, str, dict]]) -> None:
     """Have sibling scripts make, side by side, those of the files (path, named by the user, script, flags) that are missing at
-    their default paths. A path that the user named must exist."""
+    their default paths; they wait for what another process is making. A path that the user named must exist."""
     commands, processes = [], []
     for path, named, script, flags in files:
         sibling = Path(__file__).with_name(script)
@@ -1422,10 +1674,9 @@ def make_missing(files: list[tuple[Path, bool, str, dict]]) -> None:
         commands.append(words)
     for words in commands:
         print("$", shlex.join(["python", *words]), flush=True)
-    on_terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for position, words in enumerate(commands):  # their progress bars stand one below the other
-            environment = os.environ | {"TQDM_POSITION": str(position)}
+            environment = os.environ | {"TQDM_POSITION": str(position), WAIT: "1"}
             processes.append(subprocess.Popen([sys.executable, *words], env=environment))
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             time.sleep(0.1)
@@ -1435,9 +1686,9 @@ def make_missing(files: list[tuple[Path, bool, str, dict]]) -> None:
             if process.poll():
                 sys.exit(process.returncode)
     finally:
-        signal.signal(signal.SIGTERM, on_terminate)
-        for process in processes:
+        for process in processes:  # they save what they have
             process.terminate()
+        for process in processes:
             process.wait()
 
 
@@ -1556,6 +1807,7 @@ def share_out(args: Args) -> tuple[int, int]:
     return rank, world_size
 
 
+@releasing_locks()
 def main(args: Args) -> None:
     rank, world_size = share_out(args)
     device = set_up(args)
@@ -1568,17 +1820,20 @@ def main(args: Args) -> None:
     reward_paths = [Path(args.reward_path or folder / f"reward{preset}-alpha{args.alpha:g}-seed{seed}.pt") for seed in seeds]
     bc_paths = [Path(args.bc_path or folder / f"bc{preset}-seed{seed}.pt") for seed in seeds]
     paths = [output_path(r, args.vdn_path, folder, "vdn", f"-beta{r.beta:g}-alpha{r.alpha:g}", len(runs)) for r in runs]
-    best_paths = [path.parent / f"{path.stem}-best.pt" for path in paths]
+    best_paths = [best_path(path) for path in paths]
     for run, *both in zip(runs, paths, best_paths, strict=True):  # mistakes that can be told now are not told after minutes
         for path in both:
             check_replaceable(path, "vdn", run, {})
 
     common = {"env": args.env, "num-agents": args.num_agents, "num-landmarks": args.num_landmarks, "dataset": args.dataset}
     machine = {"device": args.device, "num-threads": args.num_threads, "deterministic": args.deterministic, "track": args.track}
+    machine |= {"resume": args.resume}
+    machine |= {"checkpoint-every": args.checkpoint_every} if args.checkpoint_every != Args.checkpoint_every else {}
     if rank == 0:
         make_missing([(data_path, bool(args.data_path), "collect_data.py", common | machine)])
     if world_size > 1:
         torch.distributed.barrier()
+    lock_outputs([*paths, *best_paths])
     common |= {"preset": preset[1:], "data-path": args.data_path, "no-bf16": not args.bf16 and args.preset == "default"}
     machine |= {"compile": args.compile, "cudagraphs": args.cudagraphs}
     jobs = []
@@ -1604,6 +1859,13 @@ def main(args: Args) -> None:
     for run, *both in zip(runs, paths, best_paths, strict=True):
         for path in both:
             check_replaceable(path, "vdn", run, models[run.seed]["sources"])
+    left = [left_to_do(args, runs, paths)[0]] * world_size
+    if world_size > 1:  # no process leaves before the others
+        torch.distributed.all_gather_object(left, left[0])
+    if not any(left):
+        return
+    sources = {f"{name} of seed {seed}": digest for seed, m in models.items() for name, digest in m["sources"].items()}
+    training_file = TrainingFile(paths[0], args, vars(args), device, sources)
     shipped = load_shipped_policies(game, device)
     log = start_tracking(args, [path.stem for path in paths])
 
@@ -1619,23 +1881,26 @@ def main(args: Args) -> None:
     bc_policies = [models[run.seed]["bc_policy"] for run in runs]
     reference_shape = models[args.seed]["bc_shape"]
     references = make_reference_policies(
-        runs, bc_policies, reference_shape, observations, actions, rewards.sum(dim=-1), generators
+        runs, bc_policies, reference_shape, observations, actions, rewards.sum(dim=-1), generators, training_file
     )
     shape = dict(observation_dim=D, num_agents=A, num_actions=num_actions, horizon=T)
     shape |= dict(network=args.network, hidden_dim=args.hidden_dim, num_layers=args.num_layers, time_input=args.time_input)
-    results = learn_policies(runs, game, shape, observations, actions, rewards, references, generators, log)
+    learned_from = (observations, actions, rewards, references)
+    results = learn_policies(runs, game, shape, *learned_from, generators, log, training_file)
 
-    for run, path, best_path, reference, result in zip(runs, paths, best_paths, references, results, strict=True):
+    for run, path, reference, result in zip(runs, paths, references, results, strict=True):
         known = dict(values=shape, reference=reference_shape | {"num_modes": reference.num_modes})
         known |= dict(beta=run.beta, kl_clip=run.kl_clip)
         policy_meta = dict(env=env_name, sources=models[run.seed]["sources"], network=known if run.known_kl else shape)
         metrics = result["metrics"] | {"history": result["history"]}
-        save_checkpoint(path, "vdn", run, policy_meta, result["policy"], {}, metrics)
-        speed = metrics["speed/updates_per_second"]
-        print(f"{path}: losses/td_loss {metrics['losses/td_loss']:.3f}, {speed:.1f} updates per second")
-        if game is not None:
+        if result["best_policy"] is not None:
             best_metrics = {"charts/test_return": result["best_return"], "history": result["history"]}
-            save_checkpoint(best_path, "vdn", run, policy_meta, result["best_policy"], {}, best_metrics)
+            save_checkpoint(best_path(path), "vdn", run, policy_meta, result["best_policy"], {}, best_metrics)
+        if not result["problem"]:
+            save_checkpoint(path, "vdn", run, policy_meta, result["policy"], {}, metrics)
+            speed = metrics["speed/updates_per_second"]
+            print(f"{path}: losses/td_loss {metrics['losses/td_loss']:.3f}, {speed:.1f} updates per second")
+    stop_at_problems(results, paths)
     if game is None:
         print(f"{env_name} is no game of this script: evaluation skipped")
 
@@ -1651,6 +1916,7 @@ def main(args: Args) -> None:
         torch.distributed.destroy_process_group()
     if game is not None and rank == 0:
         print_table(game, rows, reward_metrics)
+    training_file.remove()
 
 
 if __name__ == "__main__":
