@@ -1131,19 +1131,15 @@ def learn_rewards(
             break
     progress.close()
     speed = len(runs) * (num_updates - begun) / max(time.time() - start - evaluation_time, 1e-9)
-    for s, (run, result) in enumerate(zip(runs, results, strict=True)):
+    for s, result in enumerate(results):
         result |= dict(weights=unstack(best, s), final_weights=unstack(stack, s), speed=speed)
-        if not result["problem"] and result["nll"] > math.log(2) - 1e-6:
-            labels = training[2][s].unique().tolist()
-            one_sign = f" (all labels are {labels[0]:+.0f})" if len(labels) == 1 else ""
-            which = f"seed {run.seed}, alpha {run.alpha:g}: losses/nll is {result['nll']:.4f} on held-out pairs{one_sign}"
-            advice = "try more pairs, more --max-epochs, another --learning-rate or a smaller --alpha"
-            result["problem"] = f"{which}, not below chance ({math.log(2):.4f}): the reward model learned nothing; {advice}"
     return results
 
 
 def report(run: Args, path: Path, model: RewardNetwork, shape: dict, data: dict, parts: list, result: dict, meta: dict) -> dict:
-    """Measure what a run learned, write it and print it. `parts` are the run's own. -> metrics"""
+    """Measure what a run learned, write it and print it. `parts` are the run's own. -> metrics
+
+    A model that ended badly or is no better than chance goes to another file, where only those find it who look for it."""
     training, _, test = parts
     model.load_state_dict(result["final_weights"])
     final = evaluate(model, data, test, run.alpha)
@@ -1159,6 +1155,13 @@ def report(run: Args, path: Path, model: RewardNetwork, shape: dict, data: dict,
 
     horizon = data["actions"].shape[1]
     meta = dict(env=meta["env"], horizon=horizon, sources={"dataset": meta["hash"]}, network=shape)
+    held_out = (result["nll"] + metrics["losses/nll"]) / 2  # early-stopping and test part: one alone may have few pairs
+    if held_out > math.log(2) - 1e-6 and not result["problem"]:
+        one_sign = "" if len(labels := training[2].unique()) > 1 else f", where all labels are {labels.item():+.0f}"
+        which = f"seed {run.seed}, alpha {run.alpha:g}: losses/nll is {held_out:.4f} on held-out pairs{one_sign}"
+        advice = "try more pairs, more --max-epochs, another --learning-rate or a smaller --alpha"
+        result["problem"] = f"{which}: no better than chance ({math.log(2):.4f}); {advice}"
+    path = best_path(path) if result["problem"] else path
     save_checkpoint(path, "reward", run, meta, model, stats, metrics | {"history": result["history"]})
     print(f"{path}: epoch {result['epoch']} of {len(result['history'])}")
     for name, value in metrics.items():
@@ -1196,7 +1199,6 @@ def main(args: Args) -> None:
     model = RewardNetwork(**shape).to(device)
     for s, (run, path, result) in enumerate(zip(runs, paths, results, strict=True)):
         if result["epoch"] > 0:
-            path = best_path(path) if result["problem"] else path
             metrics = report(run, path, model, shape, data, [[x[s] for x in part] for part in parts], result, meta)
             log(s, metrics, args.max_epochs * parts[0][0].shape[1])
     stop_at_problems(results, paths)
