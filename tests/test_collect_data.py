@@ -177,28 +177,29 @@ def test_online_vdn_learns(network, tmp_path):
 def test_interrupted_policy_training_goes_on(tmp_path, monkeypatch):
     """Stopped in mid-run and started again, it ends with the weights of the run that was not stopped."""
     small = dict(env="reference", num_trajectories=256, num_updates=80, num_envs=16, hidden_dim=16, num_layers=2, device="cpu")
+    small |= dict(checkpoint_every=4)
     args = [Args(policies_path=str(tmp_path / n), data_path=str(tmp_path / n / "dataset.npz"), **small) for n in "ab"]
     collect_data.main(args[0])
     save_content = collect_data.save_content
 
     def save_and_die(path, **content):
         save_content(path, **content)
-        if content["kind"] == "training" and content["metrics"]["rollouts"] >= 10:
+        if content["kind"] == "training" and content["metrics"]["online VDN"][0] >= 40:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(collect_data, "save_content", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         collect_data.main(args[1])
-    assert [path.name for path in (tmp_path / "b/reference").iterdir()] == ["training.pt"]
+    assert [path.name for path in (tmp_path / "b/reference").iterdir()] == ["expert.training.pt"]
     monkeypatch.setattr(collect_data, "save_content", save_content)
-    args[1].hidden_dim = 8
-    with pytest.raises(collect_data.UserError, match=r"training.pt: .*--hidden-dim is 16 there and 8 here.*delete it"):
+    args[1].hidden_dim, args[1].resume = 8, True
+    with pytest.raises(collect_data.UserError, match=r"training.pt: .*--hidden-dim is 16 there and 8 here.*leave out --resume"):
         collect_data.main(args[1])
     args[1].hidden_dim, args[1].dataset = 16, "mix-expert"  # what no policy depends on may change
     collect_data.main(args[1])
     for name in POLICIES:
         assert same_weights(*(tmp_path / folder / "reference" / f"{name}.pt" for folder in "ab"))
-    assert not (tmp_path / "b/reference/training.pt").exists()
+    assert not (tmp_path / "b/reference/expert.training.pt").exists()
 
 
 def test_speech_is_explored_by_holding_words():

@@ -118,7 +118,8 @@ def stubs(folder: Path, spread_data: Path, **lines: str) -> None:
     shutil.copy(spread_data, folder / "runs/spread/diversified")
     for name, code in lines.items():
         pid = f"open('{name}.tmp', 'w').write(str(os.getpid()))\nos.rename('{name}.tmp', '{name}.pid')\n"
-        (folder / f"{name}.py").write_text(f"import os, signal, sys, time\n{pid}{code}\n")
+        setup, _, code = code.rpartition("# then\n")
+        (folder / f"{name}.py").write_text(f"import os, signal, sys, time\n{setup}{pid}{code}\n")
 
 
 def alive(pid_file: Path) -> bool:
@@ -142,14 +143,20 @@ def test_a_model_that_fails_stops_the_other(death, status, message, spread_data,
 
 
 def test_a_terminated_pipeline_takes_its_children_along(spread_data, tmp_path):
-    stubs(tmp_path, spread_data, train_reward="time.sleep(600)", train_bc="time.sleep(600)")
-    process = subprocess.Popen([sys.executable, "vdn_rlhf.py", "--device", "cpu"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    """They have the time to save what they have; that they may be resumed, too, is passed on to them."""
+    code = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), save('{0}.saved')))\n# then\ntime.sleep(600)"
+    code = "def save(name):\n    open(name, 'w').write(' '.join(sys.argv))\n    sys.exit(143)\n" + code
+    stubs(tmp_path, spread_data, **{name: code.format(name) for name in ("train_reward", "train_bc")})
+    words = [sys.executable, "vdn_rlhf.py", "--device", "cpu", "--resume", "--checkpoint-every", "7"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL)
     paths, deadline = [tmp_path / f"{name}.pid" for name in ("train_reward", "train_bc")], time.time() + 60
     while not all(path.exists() for path in paths) and time.time() < deadline:
         time.sleep(0.05)
     process.terminate()
     assert process.wait(timeout=30) == 143
     assert not any(alive(path) for path in paths)
+    for path in paths:
+        assert "--resume --checkpoint-every 7" in path.with_suffix(".saved").read_text()
 
 
 def test_models_of_another_dataset_are_not_reused(spread_data, tmp_path):
