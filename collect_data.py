@@ -537,10 +537,11 @@ class TrainingFile:
         TERMINATION["deferred"] = self.path is not None and self.last_done < num_updates
         return self.last_done
 
-    def after_update(self, done: int, last: bool = False) -> None:
-        """To be called when an update and what belongs to it are done; `last`: the phase ends early. Saves where that is due;
-        after a SIGTERM the process ends here."""
-        self.phase["done"], last = done, last or done == self.phase["num_updates"]
+    def after_update(self, done: int) -> bool:
+        """To be called when an update and what belongs to it are done -> whether the phase ends, because it was the last one or
+        all runs have problems. Saves where that is due; after a SIGTERM the process ends here."""
+        hopeless = bool(self.phase["results"]) and all(result.get("problem") for result in self.phase["results"])
+        self.phase["done"], last = done, hopeless or done == self.phase["num_updates"]
         if self.path is not None and (last or TERMINATION["requested"] or done - self.last_done >= self.every):
             state_dict = {
                 name: {part: training_state(value) for part, value in phase["parts"].items()}
@@ -552,6 +553,7 @@ class TrainingFile:
         if TERMINATION["requested"]:
             sys.exit(143)
         TERMINATION["deferred"] = TERMINATION["deferred"] and not last
+        return last
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

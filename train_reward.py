@@ -304,6 +304,15 @@ def keep_run(best: nn.Module, stack: nn.Module, s: int) -> None:
             kept[s] = parameter[s]
 
 
+def problem_of(run, name: str, loss: float, num_updates: int, flag="learning_rate") -> str:
+    """What to tell about a loss that is not finite."""
+    if math.isfinite(loss):
+        return ""
+    flags = [f"{name} {getattr(run, name):g}" for name in ("seed", "alpha", "beta") if hasattr(run, name)]
+    advice = f"try a smaller --{flag.replace('_', '-')} than {getattr(run, flag):g}"
+    return f"{', '.join(flags)}: {name} is {loss} after {num_updates} updates; {advice}"
+
+
 def best_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-best.pt")
 
@@ -313,8 +322,8 @@ def stop_at_problems(results: list[dict], paths: list[Path]) -> None:
     problems = [(result["problem"], best_path(path)) for result, path in zip(results, paths, strict=True) if result["problem"]]
     for problem, path in problems[:1]:
         kept = f"; the best so far is {path}" if path.exists() else ""
-        others = f"; and {len(problems) - 1} more runs" if len(problems) > 1 else ""
-        raise UserError(problem + kept + others)
+        count = f" ({len(problems)} of {len(results)} runs went wrong)" if len(results) > 1 else ""
+        raise UserError(problem + kept + count)
 
 
 def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
@@ -683,10 +692,11 @@ class TrainingFile:
         TERMINATION["deferred"] = self.path is not None and self.last_done < num_updates
         return self.last_done
 
-    def after_update(self, done: int, last: bool = False) -> None:
-        """To be called when an update and what belongs to it are done; `last`: the phase ends early. Saves where that is due;
-        after a SIGTERM the process ends here."""
-        self.phase["done"], last = done, last or done == self.phase["num_updates"]
+    def after_update(self, done: int) -> bool:
+        """To be called when an update and what belongs to it are done -> whether the phase ends, because it was the last one or
+        all runs have problems. Saves where that is due; after a SIGTERM the process ends here."""
+        hopeless = bool(self.phase["results"]) and all(result.get("problem") for result in self.phase["results"])
+        self.phase["done"], last = done, hopeless or done == self.phase["num_updates"]
         if self.path is not None and (last or TERMINATION["requested"] or done - self.last_done >= self.every):
             state_dict = {
                 name: {part: training_state(value) for part, value in phase["parts"].items()}
@@ -698,6 +708,7 @@ class TrainingFile:
         if TERMINATION["requested"]:
             sys.exit(143)
         TERMINATION["deferred"] = TERMINATION["deferred"] and not last
+        return last
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -1117,17 +1128,13 @@ def learn_rewards(
                 log(s, {f"validation/{name}": value for name, value in metrics.items()}, i)
                 loss, nll = metrics["losses/loss"], metrics["losses/nll"]  # Eq. (1) and its likelihood, early-stopping part
                 result["history"].append([epoch, nll, metrics["losses/smoothness"], metrics["reward/accuracy"]])
-                if not math.isfinite(loss) and not result["problem"]:
-                    which = f"seed {run.seed}, alpha {run.alpha:g}: losses/loss is {loss} after {i} updates"
-                    result["problem"] = f"{which}; try a smaller --learning-rate than {args.learning_rate:g}"
+                result["problem"] = result["problem"] or problem_of(run, "losses/loss", loss, i)
                 if loss < result["loss"]:
                     result |= dict(loss=loss, nll=nll, epoch=epoch)
                     keep_run(best, stack, s)
             progress.set_postfix(nll=f"{nll:.4f}", accuracy=f"{metrics['reward/accuracy']:.3f}")
             evaluation_time += time.time() - evaluation_start
-        hopeless = all(result["problem"] for result in results)
-        training_file.after_update(i, last=hopeless)
-        if hopeless:
+        if training_file.after_update(i):
             break
     progress.close()
     speed = len(runs) * (num_updates - begun) / max(time.time() - start - evaluation_time, 1e-9)

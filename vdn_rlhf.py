@@ -335,6 +335,15 @@ def keep_run(best: nn.Module, stack: nn.Module, s: int) -> None:
             kept[s] = parameter[s]
 
 
+def problem_of(run, name: str, loss: float, num_updates: int, flag="learning_rate") -> str:
+    """What to tell about a loss that is not finite."""
+    if math.isfinite(loss):
+        return ""
+    flags = [f"{name} {getattr(run, name):g}" for name in ("seed", "alpha", "beta") if hasattr(run, name)]
+    advice = f"try a smaller --{flag.replace('_', '-')} than {getattr(run, flag):g}"
+    return f"{', '.join(flags)}: {name} is {loss} after {num_updates} updates; {advice}"
+
+
 def best_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-best.pt")
 
@@ -344,8 +353,8 @@ def stop_at_problems(results: list[dict], paths: list[Path]) -> None:
     problems = [(result["problem"], best_path(path)) for result, path in zip(results, paths, strict=True) if result["problem"]]
     for problem, path in problems[:1]:
         kept = f"; the best so far is {path}" if path.exists() else ""
-        others = f"; and {len(problems) - 1} more runs" if len(problems) > 1 else ""
-        raise UserError(problem + kept + others)
+        count = f" ({len(problems)} of {len(results)} runs went wrong)" if len(results) > 1 else ""
+        raise UserError(problem + kept + count)
 
 
 def make_optimizer(stack: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
@@ -714,10 +723,11 @@ class TrainingFile:
         TERMINATION["deferred"] = self.path is not None and self.last_done < num_updates
         return self.last_done
 
-    def after_update(self, done: int, last: bool = False) -> None:
-        """To be called when an update and what belongs to it are done; `last`: the phase ends early. Saves where that is due;
-        after a SIGTERM the process ends here."""
-        self.phase["done"], last = done, last or done == self.phase["num_updates"]
+    def after_update(self, done: int) -> bool:
+        """To be called when an update and what belongs to it are done -> whether the phase ends, because it was the last one or
+        all runs have problems. Saves where that is due; after a SIGTERM the process ends here."""
+        hopeless = bool(self.phase["results"]) and all(result.get("problem") for result in self.phase["results"])
+        self.phase["done"], last = done, hopeless or done == self.phase["num_updates"]
         if self.path is not None and (last or TERMINATION["requested"] or done - self.last_done >= self.every):
             state_dict = {
                 name: {part: training_state(value) for part, value in phase["parts"].items()}
@@ -729,6 +739,7 @@ class TrainingFile:
         if TERMINATION["requested"]:
             sys.exit(143)
         TERMINATION["deferred"] = TERMINATION["deferred"] and not last
+        return last
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -1543,10 +1554,8 @@ def make_reference_policies(
         losses = update(batch)
         progress.update()
         for s, loss in zip(chosen, losses.tolist(), strict=True) if i == num_updates else ():
-            if not math.isfinite(loss):
-                which = f"seed {runs[s].seed}, beta {runs[s].beta:g}: the loss of the imitation for pi_ref is {loss}"
-                advice = f"try a smaller --imitation-learning-rate than {args.imitation_learning_rate:g}"
-                raise UserError(f"{which} after {i} updates; {advice}")
+            if problem := problem_of(runs[s], "the imitation loss of pi_ref", loss, i, "imitation_learning_rate"):
+                raise UserError(problem)
         training_file.after_update(i)
     progress.close()
     for position, s in enumerate(chosen):
@@ -1622,9 +1631,7 @@ def learn_policies(
         if i % eval_every == 0 or i == args.num_updates:
             losses, evaluation_start = losses.tolist(), time.time()
             for s, (run, result) in enumerate(zip(runs, results, strict=True)):
-                if not math.isfinite(losses[s]) and not result["problem"]:
-                    which = f"seed {run.seed}, beta {run.beta:g}: losses/td_loss is {losses[s]} after {i} updates"
-                    result["problem"] = f"{which}; try a smaller --learning-rate than {args.learning_rate:g}"
+                result["problem"] = result["problem"] or problem_of(run, "losses/td_loss", losses[s], i)
                 if result["problem"]:
                     continue
                 metrics = {"losses/td_loss": losses[s]}
@@ -1638,9 +1645,7 @@ def learn_policies(
                 result["history"].append({"update": i, **metrics})
                 result["metrics"] = metrics
             evaluation_time += time.time() - evaluation_start
-        hopeless = all(result["problem"] for result in results)
-        training_file.after_update(i, last=hopeless)
-        if hopeless:
+        if training_file.after_update(i):
             break
     progress.close()
     speed = len(runs) * (args.num_updates - begun) / max(time.time() - start - evaluation_time, 1e-9)
