@@ -425,20 +425,20 @@ def lock_outputs(paths: list[Path], wait: bool = False) -> None:
 
 
 def open_lock(path: Path, wait: bool) -> int | None:
-    """Lock `.NAME.lock` beside `path`; the system unlocks it when this process ends, however it does. None where files cannot
+    """Lock `.NAME.lock` beside the output; the system unlocks it when this process ends, however it does. None where files cannot
     be locked."""
-    lock_path, told = path.with_name(f".{path.name}.lock"), False
+    told = False
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
         try:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path(path))):
                 return descriptor
         except FileNotFoundError:  # whoever had it has just removed it
             pass
@@ -463,7 +463,7 @@ def releasing_locks():
         while LOCKS:
             path, descriptor = LOCKS.popitem()
             with contextlib.suppress(OSError):
-                path.with_name(f".{path.name}.lock").unlink()
+                lock_path(path).unlink()
             os.close(descriptor)
 
 
@@ -483,6 +483,10 @@ def left_to_do(args, runs: list, paths: list[Path]) -> tuple[list, list[Path]]:
         print(f"{path}: is there already, nothing to do", flush=True)
     left = [(run, path) for run, path in zip(runs, paths, strict=True) if path not in there]
     return [run for run, _ in left], [path for _, path in left]
+
+
+def lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def training_path(path: Path) -> Path:
@@ -1343,10 +1347,11 @@ def draw_labels(returns, pairs, steepness: float, generator) -> tuple[torch.Tens
 
 def make_policies(args: Args, game: Game, paths: dict[str, Path], device: torch.device) -> None:
     """Train expert, rookie and novice, unless another process has made them while this one waited, or --resume finds them."""
-    missing, interrupted = [path for path in paths.values() if not path.exists()], training_path(paths["expert"]).exists()
-    if not missing and not args.train_policies:
+    missing = [path for path in paths.values() if not path.exists()]
+    wanted = args.train_policies or (args.resume and training_path(paths["expert"]).exists())
+    if not missing and not wanted:
         return
-    if missing and len(missing) < len(paths) and not args.train_policies and not (args.resume and interrupted):
+    if missing and len(missing) < len(paths) and not wanted:
         raise UserError(f"{missing[0]}: no such file; --train-policies makes all of them anew, writing over the others")
     if paths["expert"].exists():
         expert = load_checkpoint(paths["expert"], ("vdn", "pathwise"))
@@ -1377,7 +1382,8 @@ def main(args: Args) -> None:
     folder = Path(args.policies_path or Path(__file__).parent / "policies") / env_name
     paths = {policy: folder / f"{policy}.pt" for policy in ("expert", *EARLY_CHECKPOINTS)}
     lock_outputs([data_path])
-    if args.train_policies or not all(path.exists() for path in paths.values()):
+    busy = [path for path in (lock_path(paths["expert"]), training_path(paths["expert"])) if path.exists()]
+    if args.train_policies or busy or not all(path.exists() for path in paths.values()):
         lock_outputs([paths["expert"]], wait=True)
         make_policies(args, game, paths, device)
     networks, hashes = {}, {}

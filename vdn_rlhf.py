@@ -611,20 +611,20 @@ def lock_outputs(paths: list[Path], wait: bool = False) -> None:
 
 
 def open_lock(path: Path, wait: bool) -> int | None:
-    """Lock `.NAME.lock` beside `path`; the system unlocks it when this process ends, however it does. None where files cannot
+    """Lock `.NAME.lock` beside the output; the system unlocks it when this process ends, however it does. None where files cannot
     be locked."""
-    lock_path, told = path.with_name(f".{path.name}.lock"), False
+    told = False
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
         try:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path(path))):
                 return descriptor
         except FileNotFoundError:  # whoever had it has just removed it
             pass
@@ -649,7 +649,7 @@ def releasing_locks():
         while LOCKS:
             path, descriptor = LOCKS.popitem()
             with contextlib.suppress(OSError):
-                path.with_name(f".{path.name}.lock").unlink()
+                lock_path(path).unlink()
             os.close(descriptor)
 
 
@@ -669,6 +669,10 @@ def left_to_do(args, runs: list, paths: list[Path]) -> tuple[list, list[Path]]:
         print(f"{path}: is there already, nothing to do", flush=True)
     left = [(run, path) for run, path in zip(runs, paths, strict=True) if path not in there]
     return [run for run, _ in left], [path for _, path in left]
+
+
+def lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def training_path(path: Path) -> Path:

@@ -30,6 +30,8 @@ def test_pipeline_twice_is_bit_equal(network, tmp_path):
         vdn_rlhf.main(vdn_rlhf.Args(data_path=data, num_updates=50, imitation_updates=50, network=network, **SMALL))
     for file in ("reward-alpha1-seed1.pt", "bc-seed1.pt", "vdn-beta1-alpha1-seed1.pt"):
         assert same_weights(tmp_path / "a" / file, tmp_path / "b" / file)
+        a, b = (torch.load(tmp_path / name / file, weights_only=True)["metrics"] for name in "ab")
+        assert a.keys() == b.keys() and all(a[key] == b[key] for key in a if not key.startswith("speed/"))
     policy = str(tmp_path / "a" / "vdn-beta1-alpha1-seed1.pt")
     reports = [evaluate.main(evaluate.Args(policy, num_episodes=64, backend=b, device="cuda")) for b in ("torch", "mpe2")]
     assert reports[0]["charts/test_return"] == pytest.approx(reports[1]["charts/test_return"], abs=1e-3)
