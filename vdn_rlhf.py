@@ -604,15 +604,12 @@ def lock_outputs(paths: list[Path], wait: bool = False) -> None:
     """See to it that nobody else writes `paths` until main ends. Where another process is writing one: UserError, or patience
     where that is wanted. Everybody locks in the same order, so that no two processes wait for each other."""
     for path in sorted(paths):
-        descriptor = open_lock(path, wait or WAIT in os.environ)
-        if descriptor is not None:
-            LOCKS[path] = descriptor
+        LOCKS[path] = open_lock(path, wait or WAIT in os.environ)
         remove_partial(path)
 
 
-def open_lock(path: Path, wait: bool) -> int | None:
-    """Lock `.NAME.lock` beside the output; the system unlocks it when this process ends, however it does. None where files cannot
-    be locked."""
+def open_lock(path: Path, wait: bool) -> int:
+    """Lock `.NAME.lock` beside the output `path`; the system unlocks it when this process ends, however it does."""
     told = False
     while True:
         try:
