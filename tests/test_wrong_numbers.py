@@ -94,14 +94,14 @@ def test_vdn_whose_loss_is_not_finite_keeps_the_best_policy(models, tmp_path, mo
 
 
 def test_one_run_of_a_stack_goes_wrong_and_the_other_is_as_if_alone(tmp_path):
-    common = dict(data_path=write(tmp_path), max_epochs=2, learning_rate=3e-3, **MADE_UP)
-    with pytest.raises(train_reward.UserError, match=r"^seed 1, alpha 3e\+38: losses/loss is (nan|inf) after \d+ updates"):
-        train_reward.main(train_reward.Args(alpha=(0.0, 3e38), **common))
+    common = dict(data_path=write(tmp_path), max_epochs=8, learning_rate=1e-2, **MADE_UP)
+    with pytest.raises(train_reward.UserError, match=r"^seed 1, alpha 1e\+39: losses/loss is (nan|inf) after \d+ updates"):
+        train_reward.main(train_reward.Args(alpha=(0.0, 1e39), **common))
     train_reward.main(train_reward.Args(alpha=0.0, reward_path=str(tmp_path / "alone.pt"), **common))
     stacked, alone = (read(tmp_path / name)["state_dict"] for name in ("reward-alpha0-seed1.pt", "alone.pt"))
     for name, tensor in stacked.items():
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-4)
-    assert not (tmp_path / "reward-alpha3e+38-seed1.pt").exists()
+    assert not (tmp_path / "reward-alpha1e+39-seed1.pt").exists()
 
 
 def test_online_training_whose_loss_is_not_finite(tmp_path):
@@ -129,16 +129,17 @@ def test_labels_that_tell_nothing(tmp_path):
 def test_pairs_that_are_sorted_by_preference(tmp_path):
     """All labels are +1, as where a tool writes the preferred trajectory first: the same model as from mixed labels."""
     arrays = made_up_blocks(10)
-    swap = arrays["labels"][:, :1] < 0
-    mixed = arrays["labels"][:, :1] * np.ones((1, 4), int)
-    pairs = np.where(swap, arrays["pairs"][:, ::-1], arrays["pairs"])
+    single = {name: arrays[name][:, :, :1] for name in ("observations", "actions", "true_rewards")}  # of one agent
+    meta = json.dumps(json.loads(str(arrays["meta"])) | {"num_agents": 1})
+    mixed = arrays["labels"][:, :1]
+    pairs = np.where(mixed < 0, arrays["pairs"][:, ::-1], arrays["pairs"])
     nll = []
     for labels, ordered in ((mixed, arrays["pairs"]), (np.ones_like(mixed), pairs)):
-        path = write(tmp_path, labels=labels, pairs=ordered)
-        train_reward.main(train_reward.Args(data_path=path, max_epochs=4, alpha=0.0, **MADE_UP))
+        path = write(tmp_path, **single, meta=np.array(meta), labels=labels, pairs=ordered)
+        train_reward.main(train_reward.Args(data_path=path, max_epochs=12, alpha=0.0, learning_rate=1e-2, **MADE_UP))
         nll.append(read(tmp_path / "reward-alpha0-seed1.pt")["metrics"]["losses/nll"])
         (tmp_path / "reward-alpha0-seed1.pt").unlink()
-    assert nll[0] == pytest.approx(nll[1], abs=1e-4) and nll[0] < 0.68
+    assert nll[0] == pytest.approx(nll[1], abs=0.01) and nll[0] < 0.65
 
 
 def test_trajectories_that_are_all_equal(tmp_path):
@@ -193,11 +194,11 @@ def test_the_same_command_twice(tmp_path, monkeypatch):
         online = dict(policies_path=".", num_updates=40, num_envs=8, batch_size=8, hidden_dim=16, num_layers=2)
         collect_data.main(collect_data.Args(num_trajectories=1280, **files))
         collect_data.main(collect_data.Args(num_trajectories=256, data_path="other.npz", device="cpu", **online))
-        train_reward.main(train_reward.Args(max_epochs=12, hidden_dim=64, num_seeds=2, **files))
-        train_bc.main(train_bc.Args(max_epochs=2, hidden_dim=16, num_seeds=2, **files))
+        train_reward.main(train_reward.Args(max_epochs=8, hidden_dim=64, num_seeds=2, **files))
+        train_bc.main(train_bc.Args(max_epochs=1, hidden_dim=16, num_seeds=2, **files))
         few = dict(num_updates=20, imitation_updates=20, hidden_dim=16)
-        vdn_rlhf.main(vdn_rlhf.Args(num_seeds=2, beta=(1.0, 10.0), **few, **files))
-        policy = "vdn-beta10-alpha1-seed2.pt"
+        vdn_rlhf.main(vdn_rlhf.Args(beta=(1.0, 10.0), **few, **files))
+        policy = "vdn-beta10-alpha1-seed1.pt"
         reports.append(evaluate.main(evaluate.Args(policy, num_episodes=64, device="cpu")))
     assert differences(tmp_path / "a", tmp_path / "b") == []
     assert same_weights(tmp_path / "a" / policy, tmp_path / "b" / policy)
