@@ -441,6 +441,7 @@ def open_lock(path: Path, wait: bool) -> int:
             pass
         except BlockingIOError:
             if not wait:
+                os.close(descriptor)
                 raise UserError(f"{path}: another process is writing it; wait for it, or choose a --run-name or path") from None
             if not told:
                 print(f"{path}: another process is writing it, waiting for it", flush=True)

@@ -308,9 +308,9 @@ def problem_of(run, name: str, loss: float, num_updates: int, flag="learning_rat
     """What to tell about a loss that is not finite."""
     if math.isfinite(loss):
         return ""
-    flags = [f"{name} {getattr(run, name):g}" for name in ("seed", "alpha", "beta") if hasattr(run, name)]
+    which = [f"{varied} {getattr(run, varied):g}" for varied in ("seed", "alpha", "beta") if hasattr(run, varied)]
     advice = f"try a smaller --{flag.replace('_', '-')} than {getattr(run, flag):g}"
-    return f"{', '.join(flags)}: {name} is {loss} after {num_updates} updates; {advice}"
+    return f"{', '.join(which)}: {name} is {loss} after {num_updates} updates; {advice}"
 
 
 def best_path(path: Path) -> Path:
@@ -596,6 +596,7 @@ def open_lock(path: Path, wait: bool) -> int:
             pass
         except BlockingIOError:
             if not wait:
+                os.close(descriptor)
                 raise UserError(f"{path}: another process is writing it; wait for it, or choose a --run-name or path") from None
             if not told:
                 print(f"{path}: another process is writing it, waiting for it", flush=True)
