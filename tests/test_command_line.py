@@ -38,14 +38,14 @@ def alone(folder: Path, script: str) -> Path:
 def test_each_script_runs_alone_in_an_empty_folder(tmp_path):
     policies = ROOT / "policies"
     done = run(
-        alone(tmp_path, "collect_data"), "collect_data", f"--policies-path {policies} --num-trajectories 768 --device cpu"
+        alone(tmp_path, "collect_data"), "collect_data", f"--policies-path {policies} --num-trajectories 1280 --device cpu"
     )
     assert done.returncode == 0, done.stderr
     data = tmp_path / "collect_data/runs/spread/diversified/dataset.npz"
     reward, bc, vdn, report = (tmp_path / name for name in ("reward.pt", "bc.pt", "vdn.pt", "report.json"))
     models, few = f"--reward-path {reward} --bc-path {bc} --vdn-path {vdn}", "--num-updates 40 --imitation-updates 20"
     flags = {
-        "train_reward": f"--data-path {data} --reward-path {reward} --max-epochs 2 {TINY}",
+        "train_reward": f"--data-path {data} --reward-path {reward} --max-epochs 20 --learning-rate 1e-2 {TINY}",
         "train_bc": f"--data-path {data} --bc-path {bc} --max-epochs 2 {TINY}",
         "vdn_rlhf": f"--data-path {data} {models} {few} {TINY}",
         "evaluate": f"--policy-path {vdn} --num-episodes 64 --json-path {report} --device cpu",
@@ -56,11 +56,11 @@ def test_each_script_runs_alone_in_an_empty_folder(tmp_path):
     assert all(path.exists() for path in (reward, bc, vdn, report))
     # A game that no script knows, again alone.
     made_up = tmp_path / "made-up.npz"
-    np.savez(made_up, **made_up_arrays())
+    np.savez(made_up, **made_up_arrays(num_trajectories=400, num_pairs=8000))
     reward, bc, vdn = (tmp_path / f"made-up-{name}.pt" for name in ("reward", "bc", "vdn"))
     common = f"--env made-up --data-path {made_up} {TINY}"
     flags = {
-        "train_reward": f"{common} --reward-path {reward} --max-epochs 1",
+        "train_reward": f"{common} --reward-path {reward} --max-epochs 10 --learning-rate 1e-2",
         "train_bc": f"{common} --bc-path {bc} --max-epochs 1",
         "vdn_rlhf": f"{common} --reward-path {reward} --bc-path {bc} --vdn-path {vdn} --num-updates 10 --imitation-updates 10",
     }
