@@ -301,6 +301,17 @@ def run_cell(cell: Cell) -> None:
                 raise
 
 
+def train(stage: str, args, path: Path) -> None:
+    """A reward model no better than chance, for which train_reward.py stops, is a result here: of a large alpha in Table 7."""
+    try:
+        STAGES[stage].main(args)
+    except train_reward.UserError as error:
+        if "no better than chance" not in str(error):
+            raise
+        train_reward.best_path(path).rename(path)
+        train_reward.training_path(path).unlink()
+
+
 def make_result(cell: Cell) -> None:
     vdn_rlhf.TEST_EPISODES = train_bc.TEST_EPISODES = num_episodes = SCALES[cell.scale].test_episodes
     vdn_rlhf.HISTORY_EPISODES = min(HISTORY_EPISODES, num_episodes)
@@ -313,7 +324,7 @@ def make_result(cell: Cell) -> None:
                 for name in NEEDED[cell.kind]:  # where its sources stand and where it writes
                     if flags[name] in vars(args):
                         setattr(args, flags[name], str(paths[name]))
-                STAGES[stage].main(args)
+                train(stage, args, path)
                 seconds[stage] = round(time.time() - start, 1)
     start = time.time()
     measure = {"dataset": measure_dataset, "reward": measure_reward, "policy": measure_policy}[cell.kind]
