@@ -120,7 +120,7 @@ def folder_with(folder: Path, *files: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, spread_data) -> dict[str, Path]:
+def files(tmp_path_factory) -> dict[str, Path]:
     """768 trajectories of spread and models for them."""
     folder = tmp_path_factory.mktemp("files")
     args = dict(data_path=str(folder / "dataset.npz"), device="cpu")
