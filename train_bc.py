@@ -89,7 +89,7 @@ class Args:
     network: str = "mlp"
     """mlp or gru"""
     hidden_dim: int = 256
-    """width of every hidden layer, of pi_ref too; narrower ones spend the modes on parts of one player (paper: not said)"""
+    """width of every hidden layer"""
     num_layers: int = 3
     """hidden layers of the mlp (the gru always has one layer before and one after the recurrence)"""
     time_input: bool = True
@@ -200,6 +200,7 @@ def set_up(args) -> torch.device:
     if getattr(args, "cudagraphs", None) and not torch.cuda.is_available():
         raise UserError("--cudagraphs True: there is no CUDA device")
     torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)  # what is left of impossible actions: CPUs take six times as long for such small numbers
     keep_freed_memory()
     torch.manual_seed(args.seed)
     if args.deterministic:

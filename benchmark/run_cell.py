@@ -321,6 +321,7 @@ def make_result(cell: Cell) -> None:
         with only_one(path):
             if not path.exists():
                 start, args = time.time(), cell.args(stage)
+                args.resume = True  # where a killed run of this cell left off
                 for name in NEEDED[cell.kind]:  # where its sources stand and where it writes
                     if flags[name] in vars(args):
                         setattr(args, flags[name], str(paths[name]))

@@ -186,6 +186,7 @@ def settings(job: Job) -> dict:
 def measure(job: Job) -> tuple[float, float]:
     """-> the rate in the stage's unit, the peak memory in MiB (of the process, or of the tensors on CUDA)."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as set_up does
     collect_data.keep_freed_memory()
     function, unit, guess = STAGES[job.stage]
     if job.device == "cuda" and job.stage != "collection":
