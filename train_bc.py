@@ -14,7 +14,8 @@ Logged metrics (stdout, `metrics` in the file and, with --track, wandb):
     charts/greedy_test_return   return when every agent plays its most probable action
 
 Deviations from the paper:
-1. A mixture of policies instead of one (`--num-modes 1`): one policy can only average over who is playing.
+1. A mixture of policies instead of one (`--num-modes 1`): one policy can only average over who is playing. With layers of 128
+   the modes now and then divide the expert among themselves and leave a weaker player with it; 256 tell them apart.
 2. The network also sees the time step, because the game of section 3 is time-inhomogeneous (README).
 3. Smaller minibatches and a learning rate that falls along a cosine from a higher start learn as much in fewer epochs than
    the paper's 100; gradients are clipped to norm 1.
