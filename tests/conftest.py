@@ -32,6 +32,12 @@ def fewer_test_episodes():
         module.HISTORY_EPISODES = 128
 
 
+@pytest.fixture(autouse=True)
+def every_number():
+    """Scripts flush denormal numbers; hypothesis, which draws them, does not start where that is so."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def spread_data(tmp_path_factory) -> Path:
     """2,560 trajectories (10 blocks) of the diversified mixture."""
