@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How far policies are from a Nash equilibrium: `evaluate.py --nash-gap` of the expert and rookie of each game, and of the BC and
-# the VDN-RLHF policy of benchmark/table2.sh --scale paper (training seed 4, dataset seed 2) of each mixture, which are made where
-# they are missing. Every finished cell is a small file in benchmark/results/nash_gap/ and is skipped, so that this can be stopped and
+# the VDN-RLHF policy of each mixture (training seed 4, dataset seed 2: those of benchmark/table2.sh --scale paper), which are made
+# where they are missing. Every finished cell is a small file in benchmark/results/nash_gap/ and is skipped, so that this can be stopped and
 # started again; when the code changed, delete them. Two minutes of one core a cell, six more where the policies are missing.
 #
 #   bash benchmark/nash_gap.sh                      everything, one process at a time, logs in runs/logs/, then the table
@@ -14,7 +14,9 @@ games=${1:-spread reference tag}
 sources=${2:-expert rookie pure-expert diversified mix-expert mix-unilateral}
 
 make_policies() { # game, mixture
-  python benchmark/run_cell.py --env "$1" --dataset "$2" --beta "$beta" --seed 4 --scale paper
+  local game=$1 mixture=$2 data=runs/$1/$2-data2/dataset.npz
+  [ -e "$data" ] || python collect_data.py --env "$game" --dataset "$mixture" --seed 2 --data-path "$data"
+  python vdn_rlhf.py --env "$game" --dataset "$mixture" --seed 4 --data-path "$data"
 }
 
 measure() { # name, policy file, game, source
@@ -38,8 +40,8 @@ if [ "$games" != table ]; then
       case $source in
       expert | rookie) measure "$game-$source" "policies/$game/$source.pt" "$game" "$source" ;;
       *)
-        measure "$game-$source-vdn" "runs/$game/$source-paper/vdn-beta$beta-alpha1-seed4.pt" "$game" "$source"
-        measure "$game-$source-bc" "runs/$game/$source-paper/bc-seed4.pt" "$game" "$source"
+        measure "$game-$source-vdn" "runs/$game/$source-data2/vdn-beta$beta-alpha1-seed4.pt" "$game" "$source"
+        measure "$game-$source-bc" "runs/$game/$source-data2/bc-seed4.pt" "$game" "$source"
         ;;
       esac
     done
