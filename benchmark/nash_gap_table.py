@@ -19,8 +19,8 @@ On CPU. What each agent gains per episode (undiscounted return of 25 steps, its 
 others, who play the policy greedily, and the sum over agents, a lower bound of the Nash gap: mean and 95 % interval over 4,096
 fresh episodes (`evaluate.py --nash-gap --seed 12345`). The search starts from the better of the policy and the shipped expert.
 The last columns count the agents whose best response found is the expert as it is, and those that learned a better one; the
-others gain 0 by playing on as they do. Policies of `benchmark/table2.sh --scale paper`, training seed 4, dataset seed 2; but those
-of spread were learned before imitation had layers of 256 instead of 128.
+others gain 0 by playing on as they do. Policies as of `benchmark/table2.sh --scale paper`, training seed 4, dataset seed 2;
+those of spread were learned before imitation had layers of 256 instead of 128.
 
 | game | policy | return | gap, at least | of each agent | expert | learned |
 |---|---|---|---|---|---|---|"""
