@@ -179,24 +179,29 @@ def table2(scale: str) -> str:
 
 
 def learning_curves(scale: str) -> str:
-    path, drawn = RESULTS / f"learning-curves-{scale}.png", False
-    figure, axes = plt.subplots(len(PRESETS), len(GAMES), figsize=(13, 6.5), squeeze=False)
-    for line, preset in zip(axes, PRESETS, strict=True):
+    histories = {
+        (preset, game, mixture): column(results(standard(game, mixture), scale, preset), "history")
+        for preset in PRESETS
+        for game in GAMES
+        for mixture in MIXTURES
+    }
+    presets = [preset for preset in PRESETS if any(found for key, found in histories.items() if key[0] == preset)]
+    if not presets:
+        return ""
+    figure, axes = plt.subplots(len(presets), len(GAMES), figsize=(13, 3.3 * len(presets)), squeeze=False)
+    for line, preset in zip(axes, presets, strict=True):
         for axis, game in zip(line, GAMES, strict=True):
             for mixture in MIXTURES:
-                histories = column(results(standard(game, mixture), scale, preset), "history")
-                if histories:
-                    updates, returns = np.array(histories[0])[:, 0], np.array(histories)[:, :, 1]
+                found = histories[preset, game, mixture]
+                if found:
+                    updates, returns = np.array(found[0])[:, 0], np.array(found)[:, :, 1]
                     axis.plot(updates, returns.mean(axis=0), label=f"{mixture} ({len(returns)})")
                     axis.fill_between(updates, returns.min(axis=0), returns.max(axis=0), alpha=0.15)
-                    drawn = True
             axis.set(title=f"{game}, {preset} settings", xlabel="updates of VDN", ylabel="test return")
             if axis.lines:
                 axis.legend(fontsize=7)
-    if not drawn:
-        plt.close(figure)
-        return ""
-    return save(figure, path, "Test returns while the policy learns: mean over seeds (their number) and their range")
+    title = "Test returns while the policy learns: mean over seeds (their number) and their range"
+    return save(figure, RESULTS / f"learning-curves-{scale}.png", title)
 
 
 def save(figure, path: Path, title: str) -> str:
@@ -299,34 +304,34 @@ def table7(scale: str) -> str:
     return text + markdown(["settings", "game", "part", "seeds", *[f"alpha {alpha:g}" for alpha in ALPHAS]], rows)
 
 
-def draw_example(axis, found: list[dict], title: str, average: bool = False) -> bool:
-    axis.set(title=title, xlabel="step", ylabel="standardised reward")
+def draw_example(axis, found: list[dict], title: str, average: bool) -> None:
     if not found:
-        return False
+        axis.set_axis_off()
+        axis.set_title(f"{title}\nmissing", fontsize=9)
+        return
     metrics = found[0]
     for name, style in (("true", "-"), ("predicted", "--")):
         values = np.array(metrics["example"][name])  # (T, A)
         values = values.mean(axis=1, keepdims=True) if average else values
         for agent in range(values.shape[1]):
             axis.plot(values[:, agent], style, color=f"C{agent}", label=name if agent == 0 else None)
+    axis.set(xlabel="step", ylabel="standardised reward")
     axis.set_title(f"{title}\nspikiness {metrics['spikiness']:.2f} (true rewards: {metrics['true_spikiness']:.2f})", fontsize=9)
     axis.legend(fontsize=7)
-    return True
 
 
 def examples(scale: str, path: Path, panels: list[tuple[str, Cell, bool]], title: str) -> str:
-    """A figure of the same fresh episode as different reward models see it, one line for each preset."""
-    width = max(len(panels) if len(panels) < 6 else 3, 1)
+    """A figure of the same fresh episode as different reward models see it, the presets one below the other."""
+    presets = [preset for preset in PRESETS if any(results(cell, scale, preset) for _, cell, _ in panels)]
+    if not presets:
+        return ""
+    width = len(panels) if len(panels) < 6 else 3
     height = -(-len(panels) // width)
-    figure, axes = plt.subplots(len(PRESETS) * height, width, figsize=(4 * width, 2.9 * len(PRESETS) * height), squeeze=False)
-    drawn = False
-    for p, preset in enumerate(PRESETS):
+    figure, axes = plt.subplots(len(presets) * height, width, figsize=(4 * width, 2.9 * len(presets) * height), squeeze=False)
+    for p, preset in enumerate(presets):
         for i, (name, cell, average) in enumerate(panels):
             axis = axes[p * height + i // width, i % width]
-            drawn |= draw_example(axis, results(cell, scale, preset), f"{name}, {preset} settings", average)
-    if not drawn:
-        plt.close(figure)
-        return ""
+            draw_example(axis, results(cell, scale, preset), f"{name}, {preset} settings", average)
     return save(figure, path, title)
 
 
