@@ -227,11 +227,16 @@ def compare_on_fresh_data(cell: Cell, model) -> dict[str, float]:
     return dict(fresh_mse=(predicted - true).square().mean().item(), fresh_correlation=(predicted * true).mean().item())
 
 
+def spikiness(rewards: torch.Tensor) -> float:
+    """Mean squared change from step to step, rewards (N, T, A)."""
+    return (rewards[:, 1:] - rewards[:, :-1]).square().mean().item()
+
+
 @torch.no_grad()
 def measure_reward(cell: Cell) -> dict:
     """The trainer's metrics and history; `example` is one fresh episode of the shipped expert, the same for every model: true
-    and predicted rewards, both standardised, [step][agent]; spikiness: mean squared change from step to step of the
-    standardised rewards, over the first 1,024 trajectories of the dataset."""
+    and predicted rewards, both standardised, [step][agent]; spikiness is that of the standardised rewards of the first 1,024
+    trajectories of the dataset."""
     checkpoint, model = load_reward_model(cell)
     metrics = checkpoint["metrics"] | compare_on_fresh_data(cell, model)
     names = ("observations", "actions", "true_rewards")
@@ -241,9 +246,6 @@ def measure_reward(cell: Cell) -> dict:
 
     def predict(observations, actions):
         return (model(observations[:, :-1].float(), actions) - stats["mean"]) / max(stats["std"], 1e-8)
-
-    def spikiness(rewards):
-        return (rewards[:, 1:] - rewards[:, :-1]).square().mean().item()
 
     metrics["spikiness"] = spikiness(predict(data["observations"][:1024], data["actions"][:1024]))
     metrics["true_spikiness"] = spikiness((true[:1024] - true_mean) / true_std)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -107,6 +108,29 @@ def test_a_result_belongs_to_the_settings_that_made_it(monkeypatch):
     assert cell.result_path != path, "another default is another result"
     changed = {stage for stage, path in cell.paths().items() if path != paths[stage]}
     assert changed == {"train_bc", "vdn_rlhf"}, "the dataset and the reward model are as they were"
+
+
+def test_what_is_made_from_another_dataset_is_another_file(monkeypatch):
+    paths = Cell(scale="cpu").paths()
+    dataset_args = run_cell.collect_data.dataset_args
+    monkeypatch.setattr(run_cell.collect_data, "dataset_args", lambda args: dataset_args(args) | dict(steepness=4.0))
+    assert all(path != paths[stage] for stage, path in Cell(scale="cpu").paths().items())
+
+
+def test_spikiness():
+    """Changes 1 and 2: (1 + 4) / 2."""
+    assert run_cell.spikiness(torch.tensor([0.0, 1.0, 3.0])[None, :, None]) == 2.5
+
+
+def test_reward_models_are_compared_with_the_truth_up_to_scale(monkeypatch):
+    true = torch.randn(8, 25, 3)
+    data = dict(observations=torch.zeros(8, 26, 3, 18), actions=torch.zeros(8, 25, 3), true_rewards=true)
+    monkeypatch.setattr(run_cell, "play_mixture", lambda *_: data)
+    monkeypatch.chdir(ROOT)
+    for model, mse, correlation in ((lambda *_: 2 * true + 3, 0, 1), (lambda *_: -true, 4, -1)):
+        metrics = run_cell.compare_on_fresh_data(Cell(), model)
+        assert metrics["fresh_mse"] == pytest.approx(mse, abs=1e-6)
+        assert metrics["fresh_correlation"] == pytest.approx(correlation, abs=1e-6)
 
 
 def changed_default(args_class, **changes):
