@@ -176,7 +176,7 @@ def test_whole_pipeline(name, env, counts, tmp_path, monkeypatch, capsys):
     collect_data.main(collect_data.Args(num_trajectories=2560, **common, **stand_in))
     train_reward.main(train_reward.Args(max_epochs=20 if name in SHIPPED else 1, hidden_dim=32, **common))
     train_bc.main(train_bc.Args(max_epochs=4 if name in SHIPPED else 1, batch_size=16, hidden_dim=32, **common))
-    vdn_rlhf.main(vdn_rlhf.Args(num_updates=400 if name in SHIPPED else 40, imitation_updates=300, hidden_dim=64, **common))
+    vdn_rlhf.main(vdn_rlhf.Args(num_updates=200 if name in SHIPPED else 40, imitation_updates=300, hidden_dim=64, **common))
     folder = tmp_path / "runs" / name / "diversified"
     for file in ("reward-alpha1-seed1.pt", "bc-seed1.pt", "vdn-beta1-alpha1-seed1.pt"):
         assert torch.load(folder / file, weights_only=True)["meta"]["env"] == name
