@@ -54,14 +54,14 @@ SCALES = {
         *((4, 5, 6), 4096, 9_728),
         {
             "default": {
-                "train_reward": dict(max_epochs=16),
+                "train_reward": dict(max_epochs=8),
                 "train_bc": dict(max_epochs=16),
-                "vdn_rlhf": dict(imitation_updates=2_000, num_updates=2_000),
+                "vdn_rlhf": dict(imitation_updates=1_500, num_updates=1_500),
             },
             "paper": {
-                "train_reward": dict(max_epochs=25),
-                "train_bc": dict(max_epochs=25),
-                "vdn_rlhf": dict(num_updates=2_500),
+                "train_reward": dict(max_epochs=12),
+                "train_bc": dict(max_epochs=12),
+                "vdn_rlhf": dict(num_updates=1_500),
             },
         },
     ),
