@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import ablation_table  # noqa: E402
 import report  # noqa: E402
 import run_cell  # noqa: E402
 import run_table  # noqa: E402
@@ -131,6 +132,12 @@ def test_reward_models_are_compared_with_the_truth_up_to_scale(monkeypatch):
         metrics = run_cell.compare_on_fresh_data(Cell(), model)
         assert metrics["fresh_mse"] == pytest.approx(mse, abs=1e-6)
         assert metrics["fresh_correlation"] == pytest.approx(correlation, abs=1e-6)
+
+
+def test_the_table_of_ablations_is_that_of_the_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    ablation_table.main()
+    assert capsys.readouterr().out == (ROOT / "benchmark/ablations.md").read_text()
 
 
 def changed_default(args_class, **changes):
