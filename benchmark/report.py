@@ -29,7 +29,8 @@ Made by `python benchmark/report.py` from the small files in this folder. A retu
 return of 25 steps, 4,096 fresh episodes with greedy policies. Score: the random policy is 0, the best expert of the paper's
 authors 100 (tag: this repository's expert). Cells: mean ± standard deviation over training seeds [95 % t interval of the mean].
 Datasets have seed 2; no setting was chosen on them. Scales (`SCALES` in `run_cell.py`): paper is the paper's size, 38,400
-trajectories and 5 seeds, with all settings of the scripts; cpu has 9,728 trajectories, 3 seeds and fewer updates.
+trajectories and 5 seeds, with all settings of the scripts; cpu has 9,728 trajectories, 3 seeds (Table 2: 5) and
+fewer updates.
 `bash benchmark/table2.sh --scale cpu` and its sisters add what is missing. [Theory](table4.md), [speed](speed-cpu.md),
 [Nash gaps](nash_gap.md), [reward model](reward_model.md), [physics](parity.md), [ceiling](ceiling.md).
 """

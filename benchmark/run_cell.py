@@ -42,6 +42,8 @@ NEEDED = {"dataset": ["collect_data"], "reward": ["collect_data", "train_reward"
 @dataclass(frozen=True)
 class Scale:
     seeds: tuple[int, ...]
+    num_other_seeds: int
+    """so many of the seeds, the first, in all tables but Table 2"""
     test_episodes: int
     num_trajectories: int
     overrides: dict
@@ -49,10 +51,13 @@ class Scale:
 
 
 SCALES = {
-    "paper": Scale((4, 5, 6, 7, 8), 4096, 38_400, {}),
+    "paper": Scale(seeds=(4, 5, 6, 7, 8), num_other_seeds=5, test_episodes=4096, num_trajectories=38_400, overrides={}),
     "cpu": Scale(
-        *((4, 5, 6), 4096, 9_728),
-        {
+        seeds=(4, 5, 6, 7, 8),
+        num_other_seeds=3,
+        test_episodes=4096,
+        num_trajectories=9_728,
+        overrides={
             "default": {
                 "train_reward": dict(max_epochs=8),
                 "train_bc": dict(max_epochs=16),
@@ -66,8 +71,11 @@ SCALES = {
         },
     ),
     "smoke": Scale(
-        *((4,), 128, 768),
-        {
+        seeds=(4,),
+        num_other_seeds=1,
+        test_episodes=128,
+        num_trajectories=768,
+        overrides={
             preset: {
                 "train_reward": dict(max_epochs=4),
                 "train_bc": dict(max_epochs=2),

@@ -157,8 +157,19 @@ def test_every_cell_of_the_paper_is_there():
     """Numbers of cells of one seed, counted in the paper: 12, 12, 5 betas and alpha 0 in 3 games, 8, 8 alphas in 3 games."""
     counts = {name: len(run_table.TABLES[name]()) for name in ("table1", "table2", "table3", "table6", "table7")}
     assert counts == dict(table1=12, table2=12, table3=3 * 6 + 1, table6=8, table7=24)
-    cells = run_table.list_cells("table2", "paper")
-    assert len(cells) == 12 * 5 * 2 and {cell.beta for cell in cells if cell.env == "tag"} == {3.0}
+    for scale in ("paper", "cpu"):
+        cells = run_table.list_cells("table2", scale)
+        assert len(cells) == 12 * 5 * 2 and {cell.beta for cell in cells if cell.env == "tag"} == {3.0}
+
+
+def test_every_cell_gets_its_first_seed_before_any_gets_its_second(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run_table, "ROOT", tmp_path)  # where there are no results
+    shutil.copytree(ROOT / "policies", tmp_path / "policies")
+    monkeypatch.chdir(tmp_path)
+    assert run_table.main(run_table.Args(("all",), scale="cpu", print_commands=True)) == 0
+    commands = capsys.readouterr().out.splitlines()
+    seeds = [int(line.split("--seed ")[1].split()[0]) if "--seed" in line else 4 for line in commands]
+    assert seeds == sorted(seeds) and set(seeds) == {4, 5, 6, 7, 8}
 
 
 def test_scores_of_the_paper():
