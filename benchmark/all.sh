@@ -9,8 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")"
 status=0
 ./table.sh all "$@" || status=$?
+[ $status = 2 ] && exit 2 # nothing was run: a mistake in the flags
 case " $* " in
-*print*commands*) ;;
+*" -h "* | *" --help "*) ;;
+*print*commands*) ./table4.sh --print-commands ;;
 *" smoke "* | *=smoke*) ./table4.sh --num-seeds 2 --num-datasets 5 --result-path benchmark/results/smoke/table4.md ;;
 *) ./table4.sh ;;
 esac

@@ -114,7 +114,9 @@ def main(args: Args) -> int:
         for job in tqdm(as_completed(jobs), total=len(cells), initial=len(cells) - len(missing), desc=title, unit="run"):
             error, cell = job.exception(), jobs[job]
             if isinstance(error, BrokenProcessPool):
-                print("failed: a process was killed from outside, perhaps for its memory; start again", file=sys.stderr)
+                begun = [cell for cell in missing if cell.log_path.exists() and not cell.result_path.exists()]
+                names = "; ".join(f"{cell.command()} (see {cell.log_path})" for cell in begun)
+                print(f"failed: a process was killed from outside, perhaps for its memory, one of {names}", file=sys.stderr)
                 return 1
             if error is not None:
                 failed.append(cell)

@@ -8,7 +8,7 @@ status=0
 python benchmark/run_table.py "$name" "$@" || status=$?
 [ $status = 2 ] && exit 2 # nothing was run: a mistake in the flags
 while [ $# -gt 0 ]; do
-  case $1 in --print*commands) exit $status ;; --scale) scale=$2 ;; --scale=*) scale=${1#--scale=} ;; esac
+  case $1 in --print*commands | -h | --help) exit $status ;; --scale) scale=$2 ;; --scale=*) scale=${1#--scale=} ;; esac
   shift
 done
 python benchmark/report.py "$name" --scale "$scale"

@@ -85,6 +85,34 @@ def test_a_failed_run_fails_the_script_and_names_command_and_log(checkout):
     assert not list((checkout / "benchmark/results").rglob("*.json"))
 
 
+KILLED = """
+import os
+def kill(cell):
+    cell.log_path.parent.mkdir(parents=True, exist_ok=True)
+    cell.log_path.touch()
+    os.kill(os.getpid(), 9)
+run_table.run_cell = kill
+if __name__ == "__main__":
+"""
+
+
+def test_a_run_killed_from_outside_names_command_and_log(checkout):
+    (checkout / "benchmark/one_cell.py").write_text(ONE_CELL.replace('if __name__ == "__main__":\n', KILLED.lstrip()))
+    done = run("python benchmark/one_cell.py table2 --scale smoke", checkout)
+    assert done.returncode == 1
+    log = "runs/logs/smoke-policy-spread-mix-expert-default-alpha1-beta1-seed4.log"
+    assert f"python benchmark/run_cell.py --dataset mix-expert --scale smoke (see {log})" in done.stderr
+
+
+def test_help_and_printing_write_nothing(checkout):
+    before = sorted(checkout.rglob("*"))
+    for flags in ("--help", "--print-commands", "--scale smoke --print_commands"):
+        done = run(f"PYTHONDONTWRITEBYTECODE=1 bash benchmark/all.sh {flags}", checkout)
+        assert done.returncode == 0 and sorted(checkout.rglob("*")) == before
+    assert done.stdout.splitlines()[0] == "python benchmark/run_cell.py --kind dataset --scale smoke"
+    assert done.stdout.splitlines()[-1] == "bash benchmark/table4.sh"
+
+
 @pytest.mark.parametrize(
     "args", [dict(tables=("table9",)), dict(tables=("table1",), scale="huge"), dict(tables=("table1",), num_processes=0)]
 )
@@ -188,12 +216,15 @@ def test_summary_is_mean_deviation_and_t_interval():
 
 
 def test_interquartile_mean():
-    """Of 0, 1, ..., 7 the middle half is 2 to 5; a bootstrap that only has equal seeds in each cell has no width."""
-    assert report.interquartile_mean([[float(i)] * 3 for i in range(8)]) == "3.5 [3.5, 3.5]"
+    """Of 0, 1, ..., 7 the middle half is 2 to 5; a bootstrap that only has equal seeds in each cell has no width; a cell with
+    more seeds than the others weighs as much as they do."""
+    groups = [[float(i)] * 3 for i in range(8)]
+    assert report.interquartile_mean(groups) == "3.5 [3.5, 3.5] (3 seeds each)"
+    assert report.interquartile_mean([groups[0] * 9, *groups[1:]]) == "3.5 [3.5, 3.5] (3 seeds each)"
     narrow, wide = (
         report.interquartile_mean([[10.0 - d, 10.0, 10.0 + d], [20.0 - d, 20.0, 20.0 + d]]).split("[")[1] for d in (0.1, 5.0)
     )
-    width = [float(high) - float(low) for low, high in (text.strip("]").split(", ") for text in (narrow, wide))]
+    width = [float(high) - float(low) for low, high in (text.split("]")[0].split(", ") for text in (narrow, wide))]
     assert width[0] < width[1]
 
 
@@ -201,6 +232,28 @@ def test_deviations_are_compared_by_an_f_interval():
     """Variances 1 and 4 with 2 and 4 degrees of freedom: ratio of deviations 0.5; F quantiles 10.65 and 1 / 39.25."""
     text = report.compare_deviations([-1.0, 0.0, 1.0], [[-2.0, 0.0, 2.0], [-2.0, 0.0, 2.0]])
     assert text == "undecided: 0.50 [0.15, 3.13]"
+
+
+def test_claims_beside_the_tables_of_the_paper():
+    """Spread: -20.82 with beta 1, -22.56 with 0, score 100 at -10.26 and 0 at -27.81; 0.350 - 0.361; tag: 10."""
+    claims = {claim.text.split(":")[0]: claim for claim in report.CLAIMS}
+    assert claims["beta can be too small (6.4)"].published("spread") == pytest.approx(100 * 1.74 / 17.55)
+    assert claims["beta can be too large (6.4)"].published("tag") == pytest.approx(100 * (28.88 - 29.53) / 38.33)
+    assert claims["in some cases it lowers the training loss (6.3)"].published("spread") == pytest.approx(-0.011)
+    assert claims["trivial data helps the policy (6.2)"].published("tag") == pytest.approx(100 * (33.01 - 40.14) / 38.33)
+    for claim in report.CLAIMS:
+        for game in claim.games:
+            first, second = claim.first(game), claim.second(game)
+            assert first != second and first.env == second.env == game
+
+
+def test_what_scale_cpu_leaves_of_the_work():
+    """A quarter of the trajectories; 8 of 8 and 12 of 100 epochs, 1,500 of 4,000 and 50,000 updates."""
+    share = 9728 / 38400
+    assert report.fraction_of_work("default", "train_reward", "spread") == pytest.approx(share)
+    assert report.fraction_of_work("paper", "train_reward", "tag") == pytest.approx(share * 0.12)
+    assert report.fraction_of_work("default", "vdn_rlhf", "tag") == pytest.approx(1500 / 4000)
+    assert report.fraction_of_work("paper", "vdn_rlhf", "tag") == pytest.approx(1500 / 50000)
 
 
 def test_claims_are_decided_by_the_interval():
