@@ -397,9 +397,12 @@ def compare(first: list[float], second: list[float]) -> str:
     difference = np.mean(first) - np.mean(second)
     if np.std(first) + np.std(second) == 0:
         return f"{difference:+.2f}"
-    interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
-    verdict = "**holds**" if interval.low > 0 else "**does not hold**" if interval.high < 0 else "undecided"
-    return f"{verdict}: {difference:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    squares = [np.var(values, ddof=1) / len(values) for values in (first, second)]  # of the standard errors
+    degrees = sum(squares) ** 2 / sum(x**2 / (len(values) - 1) for x, values in zip(squares, (first, second), strict=True))
+    half = stats.t.ppf(0.975, degrees) * sum(squares) ** 0.5
+    low, high = difference - half, difference + half
+    verdict = "**holds**" if low > 0 else "**does not hold**" if high < 0 else "undecided"
+    return f"{verdict}: {difference:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def compare_deviations(first: list[float], others: list[list[float]]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -262,6 +263,8 @@ def test_claims_are_decided_by_the_interval():
     assert report.compare(high, low).startswith("**holds**") and report.compare(low, high).startswith("**does not hold**")
     assert report.compare(low, generator.normal(0, 1, 20)).startswith("undecided")
     assert report.compare([1.0], [2.0]) == "not enough seeds"
+    interval = stats.ttest_ind(high[:3], low, equal_var=False).confidence_interval()
+    assert report.compare(high[:3], low).endswith(f"[{interval.low:+.2f}, {interval.high:+.2f}]")
 
 
 def test_table5_is_read_from_the_scripts():
