@@ -2,7 +2,7 @@
 # All tables and figures: the runs that are missing, one seed of every cell after the other, then benchmark/results/README.md.
 # A failed run fails the script, which names its command and log. Can be stopped and started again at any time.
 #
-#   bash benchmark/all.sh --scale smoke --num-processes 2     to see that everything runs, in minutes; nothing is kept in git
+#   bash benchmark/all.sh --scale smoke --num-processes 2     to see that everything runs, in 4 minutes; nothing is kept in git
 #   bash benchmark/all.sh --scale cpu                         ten core-hours
 #   bash benchmark/all.sh --scale paper                       the paper's sizes
 set -euo pipefail

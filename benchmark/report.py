@@ -390,19 +390,19 @@ def figure4(scale: str) -> str:
     return examples(scale, RESULTS / f"figure4-{scale}.png", panels, EXAMPLE) or "missing\n"
 
 
-def compare(first: list[float], second: list[float]) -> str:
+def compare(first: list[float], second: list[float], digits: int = 2) -> str:
     """The difference of two means over seeds with its 95 % interval (Welch), and whether it is above 0."""
     if len(first) < 2 or len(second) < 2:
         return "not enough seeds"
     difference = np.mean(first) - np.mean(second)
     if np.std(first) + np.std(second) == 0:
-        return f"{difference:+.2f}"
+        return f"{difference:+.{digits}f}"
     squares = [np.var(values, ddof=1) / len(values) for values in (first, second)]  # of the standard errors
     degrees = sum(squares) ** 2 / sum(x**2 / (len(values) - 1) for x, values in zip(squares, (first, second), strict=True))
     half = stats.t.ppf(0.975, degrees) * sum(squares) ** 0.5
     low, high = difference - half, difference + half
     verdict = "**holds**" if low > 0 else "**does not hold**" if high < 0 else "undecided"
-    return f"{verdict}: {difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{verdict}: " + "{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(difference, low, high, n=digits)
 
 
 def compare_deviations(first: list[float], others: list[list[float]]) -> str:
@@ -452,6 +452,7 @@ class Claim:
     second: Callable[[str], Cell]
     published: Callable[[str], float] | None = None  # that difference in the paper's own table
     games: tuple[str, ...] = GAMES
+    digits: int = 2
 
 
 def compare_datasets(text: str, first: str, second: str, metric=score, published=None) -> Claim:
@@ -460,7 +461,7 @@ def compare_datasets(text: str, first: str, second: str, metric=score, published
 
 def compare_alphas(text: str, metric, alpha: float = 1.0, published=None) -> Claim:
     cells = (lambda game: reward_cell(game, alpha=0.0)), (lambda game: reward_cell(game, alpha=alpha))
-    return Claim(text, metric, *cells, published)
+    return Claim(text, metric, *cells, published, digits=3)
 
 
 CLAIMS = [
@@ -522,7 +523,7 @@ def claims(scale: str) -> str:
             verdicts = []
             for game in GAMES:
                 values = [column(results(cell(game), scale, preset), claim.metric) for cell in (claim.first, claim.second)]
-                verdicts.append(compare(*values) if game in claim.games else "")
+                verdicts.append(compare(*values, claim.digits) if game in claim.games else "")
             rows.append([claim.text if preset == PRESETS[0] else "", preset, *verdicts])
         if claim.published is not None:
             rows.append(["", "in the paper's table", *[f"{claim.published(game):+.3g}" for game in GAMES]])
