@@ -107,7 +107,7 @@ def test_a_run_killed_from_outside_names_command_and_log(checkout):
 
 def test_help_and_printing_write_nothing(checkout):
     before = sorted(checkout.rglob("*"))
-    for flags in ("--help", "--print-commands", "--scale smoke --print_commands"):
+    for flags in ("--help", "--scale smoke --print_commands"):
         done = run(f"PYTHONDONTWRITEBYTECODE=1 bash benchmark/all.sh {flags}", checkout)
         assert done.returncode == 0 and sorted(checkout.rglob("*")) == before
     assert done.stdout.splitlines()[0] == "python benchmark/run_cell.py --kind dataset --scale smoke"
