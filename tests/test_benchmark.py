@@ -248,6 +248,25 @@ def test_claims_beside_the_tables_of_the_paper():
             assert first != second and first.env == second.env == game
 
 
+def test_the_table_of_claims_subtracts_the_second_cell_from_the_first(monkeypatch):
+    """Policies score 10 with beta 0 and else 30; the reward error is 0.2 on diversified data and else 0.5, on own data 9."""
+
+    def results(cell, scale, preset):
+        reward = dict(fresh_mse=0.2 if cell.dataset == "diversified" else 0.5) | {"reward/standardized_mse": 9.0}
+        metrics = {"score": 10.0 if cell.beta == 0 else 30.0, "spikiness": 1.0, "losses/nll": 1.0, "losses/training_nll": 1.0}
+        return [metrics | (dict(reward=reward) if cell.kind == "policy" else reward)] * 2
+
+    monkeypatch.setattr(report, "results", results)
+    rows = report.claims("paper").splitlines()
+    [line] = [row for row in rows if row.startswith("| beta can be too small")]
+    assert line.count("| +20.00 ") == 3
+    [line] = [row for row in rows if row.startswith("| diversity helps reward learning")]
+    assert line.count("| +0.30 ") == 3
+    [line] = [row for row in rows if row.startswith("| tag needs")]
+    assert line.endswith("| default |  | +0.00 |  |")
+    assert rows[-2].endswith("| paper | -30.00 |  |  |")
+
+
 def test_what_scale_cpu_leaves_of_the_work():
     """A quarter of the trajectories; 8 of 8 and 12 of 100 epochs, 1,500 of 4,000 and 50,000 updates."""
     share = 9728 / 38400
