@@ -71,11 +71,15 @@ def paper_score(env: str, value: float) -> float:
     return 100 * (value - PAPER_RANDOM[env]) / (PAPER_EXPERT[env] - PAPER_RANDOM[env])
 
 
-def results(cell: Cell, scale: str, preset: str = "default") -> list[dict]:
+def results_by_seed(cell: Cell, scale: str, preset: str = "default") -> dict[int, dict]:
     """The metrics of a cell, by training seed, as far as they are measured."""
     cells = [Cell(**vars(cell) | dict(scale=scale, preset=preset, seed=seed)) for seed in SCALES[scale].seeds]
-    found = [cell.result() for cell in cells]
-    return [result["metrics"] for result in found if result is not None]
+    found = {cell.seed: cell.result() for cell in cells}
+    return {seed: result["metrics"] for seed, result in found.items() if result is not None}
+
+
+def results(cell: Cell, scale: str, preset: str = "default") -> list[dict]:
+    return list(results_by_seed(cell, scale, preset).values())
 
 
 def half_interval(values: list[float]) -> float:
@@ -391,7 +395,8 @@ def figure4(scale: str) -> str:
 
 
 def compare(first: list[float], second: list[float], digits: int = 2) -> str:
-    """The difference of two means over seeds with its 95 % interval (Welch), and whether it is above 0."""
+    """The difference of two means over seeds with its 95 % interval (Welch; Student's t if the second are all zero), and
+    whether it is above 0."""
     if len(first) < 2 or len(second) < 2:
         return "not enough seeds"
     difference = np.mean(first) - np.mean(second)
@@ -453,6 +458,7 @@ class Claim:
     published: Callable[[str], float] | None = None  # that difference in the paper's own table
     games: tuple[str, ...] = GAMES
     digits: int = 2
+    paired: bool = False  # by seed, where runs of a seed have more in common than their number
 
 
 def compare_datasets(text: str, first: str, second: str, metric=score, published=None) -> Claim:
@@ -460,8 +466,21 @@ def compare_datasets(text: str, first: str, second: str, metric=score, published
 
 
 def compare_alphas(text: str, metric, alpha: float = 1.0, published=None) -> Claim:
+    """Of reward models, which with the same seed have the same initial weights and the same parts of the dataset."""
     cells = (lambda game: reward_cell(game, alpha=0.0)), (lambda game: reward_cell(game, alpha=alpha))
-    return Claim(text, metric, *cells, published, digits=3)
+    return Claim(text, metric, *cells, published, digits=4, paired=True)
+
+
+def judge(claim: Claim, game: str, scale: str, preset: str) -> str:
+    """Whether a claim holds in a game, in words and numbers."""
+    first, second = (
+        {seed: claim.metric(metrics) for seed, metrics in results_by_seed(cell(game), scale, preset).items()}
+        for cell in (claim.first, claim.second)
+    )
+    if claim.paired:
+        differences = [value - second[seed] for seed, value in first.items() if seed in second]
+        return compare(differences, [0.0] * len(differences), claim.digits)
+    return compare([*first.values()], [*second.values()], claim.digits)
 
 
 CLAIMS = [
@@ -520,10 +539,7 @@ def claims(scale: str) -> str:
     rows = []
     for claim in CLAIMS:
         for preset in PRESETS:
-            verdicts = []
-            for game in GAMES:
-                values = [column(results(cell(game), scale, preset), claim.metric) for cell in (claim.first, claim.second)]
-                verdicts.append(compare(*values, claim.digits) if game in claim.games else "")
+            verdicts = [judge(claim, game, scale, preset) if game in claim.games else "" for game in GAMES]
             rows.append([claim.text if preset == PRESETS[0] else "", preset, *verdicts])
         if claim.published is not None:
             rows.append(["", "in the paper's table", *[f"{claim.published(game):+.3g}" for game in GAMES]])
@@ -542,7 +558,8 @@ def claims(scale: str) -> str:
         published = -paper_score("spread-7x5", PAPER_TABLE6[mixture][3] * 7 / 5)
         rows.append(["", "in the paper's table", f"{published:+.3g}", "", ""])
     introduction = """\
-Differences of means over training seeds with their 95 % intervals (Welch). A claim holds where the interval is above 0 and
+Differences of means over training seeds with their 95 % intervals (Welch; those of reward models over alpha are paired: with
+the same seed they have the same initial weights and parts of the dataset). A claim holds where the interval is above 0 and
 does not where it is below; else the seeds do not decide. One in twenty intervals misses by chance, and none contains the
 chance of the dataset, of which each mixture has one. Reward MSE: on the diversified data of Table 2's last column. Where the
 paper has the same difference in a table, it stands below (its NLL as it is, its returns as scores): some of its claims are not

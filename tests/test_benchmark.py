@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -254,9 +255,10 @@ def test_the_table_of_claims_subtracts_the_second_cell_from_the_first(monkeypatc
     def results(cell, scale, preset):
         reward = dict(fresh_mse=0.2 if cell.dataset == "diversified" else 0.5) | {"reward/standardized_mse": 9.0}
         metrics = {"score": 10.0 if cell.beta == 0 else 30.0, "spikiness": 1.0, "losses/nll": 1.0, "losses/training_nll": 1.0}
-        return [metrics | (dict(reward=reward) if cell.kind == "policy" else reward)] * 2
+        metrics |= dict(reward=reward) if cell.kind == "policy" else reward
+        return {4: metrics, 5: metrics}
 
-    monkeypatch.setattr(report, "results", results)
+    monkeypatch.setattr(report, "results_by_seed", results)
     rows = report.claims("paper").splitlines()
     [line] = [row for row in rows if row.startswith("| beta can be too small")]
     assert line.count("| +20.00 ") == 3
@@ -265,6 +267,21 @@ def test_the_table_of_claims_subtracts_the_second_cell_from_the_first(monkeypatc
     [line] = [row for row in rows if row.startswith("| tag needs")]
     assert line.endswith("| default |  | +0.00 |  |")
     assert rows[-2].endswith("| paper | -30.00 |  |  |")
+
+
+def test_reward_models_over_alpha_are_compared_seed_by_seed(monkeypatch):
+    """Every seed has a test part of its own difficulty; without alpha the likelihood is worse by 0.01, 0.01, 0.01 and 0.018
+    (mean 0.012, deviation 0.004, t quantile 3.18), and seed 7 lacks alpha 1. Unpaired, nothing is decided."""
+    worse = {4: 0.01, 5: 0.01, 6: 0.01, 7: 0.5, 8: 0.018}
+
+    def results(cell, scale, preset):
+        seeds = (4, 5, 6, 8) if cell.alpha else (4, 5, 6, 7, 8)
+        return {seed: {"losses/nll": seed / 10 + (0.0 if cell.alpha else worse[seed])} for seed in seeds}
+
+    [claim] = [claim for claim in report.CLAIMS if claim.text.startswith("it helps on held-out pairs")]
+    monkeypatch.setattr(report, "results_by_seed", results)
+    assert report.judge(claim, "tag", "cpu", "default") == "**holds**: +0.0120 [+0.0056, +0.0184]"
+    assert report.judge(replace(claim, paired=False), "tag", "cpu", "default").startswith("undecided")
 
 
 def test_what_scale_cpu_leaves_of_the_work():
