@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 status=0
 ./table.sh all "$@" || status=$?
-[ $status = 2 ] && exit 2 # nothing was run: a mistake in the flags
+case $status in 2 | 130 | 143) exit $status ;; esac # a mistake in the flags, or stopped
 case " $* " in
 *" -h "* | *" --help "*) ;;
 *print*commands*) ./table4.sh --print-commands ;;

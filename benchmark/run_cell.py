@@ -349,10 +349,14 @@ if __name__ == "__main__":
     cell = tyro.cli(Cell)
     os.chdir(ROOT)
     try:
-        run_cell(cell)
+        cell.check()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    try:
+        run_cell(cell)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BaseException as error:
         print(f"failed: {cell.command()} (see {cell.log_path}): {error}", file=sys.stderr)
         sys.exit(1)

@@ -6,11 +6,13 @@ Usage: python benchmark/run_table.py table2 --scale cpu
 """
 
 import os
+import signal
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -107,22 +109,36 @@ def main(args: Args) -> int:
             print(cell.command())
         return 0
 
-    failed = []
-    with ProcessPoolExecutor(args.num_processes, get_context("spawn")) as pool:
+    failed, start = [], time.time()
+    # Ctrl-C reaches all processes at once, and only this one is to act on it
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(args.num_processes, get_context("spawn"), **quiet) as pool:
         jobs = {pool.submit(run_cell, cell): cell for cell in missing}
         title = f"{' '.join(names)}, scale {args.scale}"
-        for job in tqdm(as_completed(jobs), total=len(cells), initial=len(cells) - len(missing), desc=title, unit="run"):
-            error, cell = job.exception(), jobs[job]
-            if isinstance(error, BrokenProcessPool):
-                begun = [cell for cell in missing if cell.log_path.exists() and not cell.result_path.exists()]
-                names = "; ".join(f"{cell.command()} (see {cell.log_path})" for cell in begun)
-                print(f"failed: a process was killed from outside, perhaps for its memory, one of {names}", file=sys.stderr)
-                return 1
-            if error is not None:
-                failed.append(cell)
-                tqdm.write(f"failed: {cell.command()} (see {cell.log_path}): {error}", file=sys.stderr)
+        try:
+            for job in tqdm(as_completed(jobs), total=len(cells), initial=len(cells) - len(missing), desc=title, unit="run"):
+                error, cell = job.exception(), jobs[job]
+                if isinstance(error, BrokenProcessPool):
+                    logs = {cell: cell.log_path for cell in missing if cell not in failed and not cell.result_path.exists()}
+                    begun = [cell for cell, log in logs.items() if log.exists() and log.stat().st_mtime >= start]
+                    names = "; ".join(f"{cell.command()} (see {cell.log_path})" for cell in begun)
+                    message = f"failed: a process was killed from outside, perhaps for its memory, one of {names}"
+                    tqdm.write(message, file=sys.stderr)
+                    return 1
+                if error is not None:
+                    failed.append(cell)
+                    tqdm.write(f"failed: {cell.command()} (see {cell.log_path}): {error}", file=sys.stderr)
+        except BaseException:  # stopped: what has begun goes on from its checkpoints the next time
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main(tyro.cli(Args)))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -6,7 +6,7 @@ name=$1 scale=cpu
 shift
 status=0
 python benchmark/run_table.py "$name" "$@" || status=$?
-[ $status = 2 ] && exit 2 # nothing was run: a mistake in the flags
+case $status in 2 | 130 | 143) exit $status ;; esac # a mistake in the flags, or stopped
 while [ $# -gt 0 ]; do
   case $1 in --print*commands | -h | --help) exit $status ;; --scale) scale=$2 ;; --scale=*) scale=${1#--scale=} ;; esac
   shift

@@ -1,9 +1,12 @@
 """The runs behind the tables: what is missing runs, what is there does not, and tables tell what was measured."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,12 +101,57 @@ if __name__ == "__main__":
 """
 
 
+def test_a_failed_printed_line_names_command_and_log(checkout):
+    (checkout / "policies/spread/expert.pt").write_bytes(b"no checkpoint")
+    done = run("python benchmark/run_cell.py --dataset mix-expert --scale smoke", checkout)
+    log = "runs/logs/smoke-policy-spread-mix-expert-default-alpha1-beta1-seed4.log"
+    failed = f"failed: python benchmark/run_cell.py --dataset mix-expert --scale smoke (see {log}): "
+    assert done.returncode == 1 and done.stderr.startswith(failed) and done.stderr.count("\n") == 1
+    done = run("python benchmark/run_cell.py --dataset mix", checkout)
+    assert done.returncode == 2 and done.stderr.startswith("error: --dataset mix: ")
+
+
 def test_a_run_killed_from_outside_names_command_and_log(checkout):
-    (checkout / "benchmark/one_cell.py").write_text(ONE_CELL.replace('if __name__ == "__main__":\n', KILLED.lstrip()))
+    """And not a run that was stopped some other day."""
+    script = ONE_CELL.replace('"mix-expert")', '"mix-expert"), run_table.standard("spread")')
+    (checkout / "benchmark/one_cell.py").write_text(script.replace('if __name__ == "__main__":\n', KILLED.lstrip()))
+    stale = checkout / "runs/logs/smoke-policy-spread-diversified-default-alpha1-beta1-seed4.log"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    os.utime(stale, (0, 0))
     done = run("python benchmark/one_cell.py table2 --scale smoke", checkout)
     assert done.returncode == 1
     log = "runs/logs/smoke-policy-spread-mix-expert-default-alpha1-beta1-seed4.log"
-    assert f"python benchmark/run_cell.py --dataset mix-expert --scale smoke (see {log})" in done.stderr
+    assert f"one of python benchmark/run_cell.py --dataset mix-expert --scale smoke (see {log})\n" in done.stderr
+
+
+ENDLESS = """
+def run_cell(cell):
+    cell.log_path.parent.mkdir(parents=True, exist_ok=True)
+    cell.log_path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+"""
+
+
+@pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_script_stops_its_runs_and_begins_no_others(checkout, stop, status):
+    """Ctrl-C goes to the whole group, SIGTERM to the one process."""
+    path = checkout / "benchmark/run_cell.py"
+    path.write_text(path.read_text().replace('if __name__ == "__main__":', ENDLESS + 'if __name__ == "__main__":'))
+    command = [sys.executable, "benchmark/run_table.py", "table2", "--scale", "smoke"]
+    process = subprocess.Popen(command, cwd=checkout, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(log.read_text() for log in checkout.glob("runs/logs/*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == status and "Traceback" not in stderr
+    [log] = checkout.glob("runs/logs/*")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 def test_help_and_printing_write_nothing(checkout):
