@@ -1,6 +1,7 @@
 """One cell of a table for one seed: the stages that it needs, then benchmark/results/<scale>/<cell>-<key>.json. The key is a
 hash of every setting of every stage and of the shipped policies, so that a result is only reused for what made it. Datasets,
-reward models and policies stay in runs/<game>/<mixture>-<scale>/, have such a key too and are shared between cells.
+reward models and policies stay in runs/<game>/<mixture>-<scale>/, have such a key too and are shared between cells. The machine
+is not part of the key, only of the result: other processors round otherwise, and not all multiply in bfloat16.
 
 Usage: python benchmark/run_cell.py --kind policy --env spread --dataset diversified --seed 4 --scale cpu
 """
@@ -139,8 +140,12 @@ class Cell:
 
     @property
     def result_path(self) -> Path:
-        sizes = [SCALES[self.scale].test_episodes, HISTORY_EPISODES]
-        return Path(f"benchmark/results/{self.scale}/{self}-{make_key([TEST_SEED, sizes, self.settings()])}.json")
+        key = make_key([TEST_SEED, self.test_sizes, self.settings()])
+        return Path(f"benchmark/results/{self.scale}/{self}-{key}.json")
+
+    @property
+    def test_sizes(self) -> list[int]:
+        return [SCALES[self.scale].test_episodes, HISTORY_EPISODES]
 
     def result(self) -> dict | None:
         return json.loads(self.result_path.read_text()) if self.result_path.exists() else None
@@ -181,7 +186,8 @@ class Cell:
         names |= dict(vdn_rlhf=f"vdn{run_name}-beta{self.beta:g}-alpha{self.alpha:g}-seed{self.seed}")
         paths = {}
         for stage in NEEDED[self.kind]:
-            made_from = settings if stage == "vdn_rlhf" else {name: settings[name] for name in ("collect_data", stage)}
+            made_from = {name: settings[name] for name in ("collect_data", stage)}
+            made_from = [settings, self.test_sizes] if stage == "vdn_rlhf" else made_from  # it holds a learning curve
             suffix = "npz" if stage == "collect_data" else "pt"
             paths[stage] = self.folder / f"{names[stage]}-{make_key(made_from)}.{suffix}"
         return paths
