@@ -94,7 +94,7 @@ class Args:
     num_layers: int = 3
     """hidden layers of the mlp (the gru always has one layer before and one after the recurrence)"""
     time_input: bool = True
-    """the policy sees the time step too (paper: no)"""
+    """the policy sees the time step too (--preset paper: no)"""
     num_modes: int = 5
     """the behavior is a mixture of so many policies (paper: 1)"""
     annealing: float = 0.25

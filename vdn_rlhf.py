@@ -14,7 +14,7 @@ Logged metrics (stdout, `metrics` in the file and, with --track, wandb):
     losses/td_loss       mean squared TD error of the last minibatch
 
 Deviations from the paper (README has the whole table):
-1. The Q-network is an MLP that sees the time step, not a GRU: within the same minutes it learns far more (`--network gru
+1. The Q-network is an MLP that sees the time step, not a GRU: as good in a third of the time (`--network gru
    --no-time-input`).
 2. pi_ref imitates the trajectories reweighted as the KL-regularized objective asks for (`trajectory_weights`), not as they
    are (`--imitation-updates 0`, and `--num-modes 1` in train_bc.py).
@@ -111,7 +111,7 @@ class Args:
     num_layers: int = 3
     """hidden layers of the mlp (the gru always has one layer before and one after the recurrence)"""
     time_input: bool = True
-    """the Q-network sees the time step too (paper: no)"""
+    """the Q-network sees the time step too (--preset paper: no)"""
     learning_rate: float = 1e-2
     """of Adam; falls to zero along a cosine (paper: 1e-3)"""
     gamma: float = 0.9

@@ -249,7 +249,9 @@ def machine(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Python {platform.python_version()}"
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    instructions = [name for name, has in torch.cpu.get_capabilities().items() if has is True and "bf16" in name]
+    instructions = [
+        name for name, has in getattr(torch.cpu, "get_capabilities", dict)().items() if has is True and "bf16" in name
+    ]
     return (
         f"one thread of an {names[0]} with {len(names)} cores ({', '.join(instructions) or 'no bfloat16'}), "
         f"PyTorch {torch.__version__}, Python {platform.python_version()}"

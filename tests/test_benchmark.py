@@ -218,6 +218,37 @@ def test_the_table_of_ablations_is_that_of_the_runs(monkeypatch, capsys):
     assert capsys.readouterr().out == (ROOT / "benchmark/ablations.md").read_text()
 
 
+def cells_of_line(line: str) -> list[str]:
+    return [cell.strip(" *") for cell in line.strip("|").split("|")]
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results(monkeypatch):
+    """Scores of the defaults at scale paper, of the seeds that the row names, and those over beta and alpha at scale cpu."""
+    monkeypatch.chdir(ROOT)
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [cells_of_line(line) for line in lines if line.startswith(tuple(f"| {game} | " for game in run_table.GAMES))]
+    rows = [row for row in rows if row[1] in run_table.MIXTURES]
+    assert len(rows) == 12
+    for game, mixture, seeds, test_return, scores, reference, bc, published in rows:
+        found = report.results_by_seed(run_table.standard(game, mixture), "paper")
+        found = [found[int(seed)] for seed in seeds.split(", ")]
+        mean = {name: np.mean(report.column(found, name)) for name in ("return", "score", "reference_score", "bc_score")}
+        each = ", ".join(f"{score:.1f}" for score in report.column(found, "score"))
+        each = f"** ({each})" if len(found) > 1 else ""
+        expected = [f"{mean['return']:.2f}", f"{mean['score']:.1f}{each}"]
+        expected += [f"{mean[name]:.1f}" for name in ("reference_score", "bc_score")]
+        expected += [f"{report.paper_score(game, report.PAPER_TABLE2[mixture][game]):.0f}"]
+        assert [test_return, scores, reference, bc, published] == expected, (game, mixture)
+
+    settings = {f"beta {beta:g}": dict(beta=beta) for beta in (*run_table.BETAS, 3.0)}
+    settings["alpha 0, beta 1 (tag: 3)"] = dict(alpha=0.0)
+    for name, changes in settings.items():
+        [line] = [line for line in lines if line.startswith(f"| {name} |")]
+        found = [report.results(run_table.standard(game, **changes), "cpu") for game in run_table.GAMES]
+        expected = [f"{np.mean(report.column(metrics, 'score')):.1f}" if metrics else "" for metrics in found]
+        assert cells_of_line(line)[1:] == expected, name
+
+
 def changed_default(args_class, **changes):
     original = args_class.__init__
     return lambda self, **values: original(self, **changes | values)
