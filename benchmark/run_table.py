@@ -129,7 +129,6 @@ def main(args: Args) -> int:
                     failed.append(cell)
                     tqdm.write(f"failed: {cell.command()} (see {cell.log_path}): {error}", file=sys.stderr)
         except BaseException:  # stopped: what has begun goes on from its checkpoints the next time
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
                 process.terminate()
             raise
