@@ -88,6 +88,7 @@ def results_by_seed(cell: Cell, scale: str, preset: str = "default") -> dict[int
 
 
 def results(cell: Cell, scale: str, preset: str = "default") -> list[dict]:
+    """The metrics alone, in the order of the seeds."""
     return list(results_by_seed(cell, scale, preset).values())
 
 
@@ -490,7 +491,7 @@ def compare_betas(text: str, beta: float) -> Claim:
 
 
 def compare_alphas(text: str, metric, alpha: float = 1.0, published=None) -> Claim:
-    """Of reward models."""
+    """Of reward models, without smoothness minus with that alpha."""
     cells = (lambda game: reward_cell(game, alpha=0.0)), (lambda game: reward_cell(game, alpha=alpha))
     return Claim(text, metric, *cells, published, digits=4)
 

@@ -135,14 +135,20 @@ def run_cell(cell):
 """
 
 
-@pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_script_stops_its_runs_and_begins_no_others(checkout, stop, status):
+@pytest.mark.parametrize(
+    "command, stop, status",
+    [
+        ("bash benchmark/table2.sh", signal.SIGINT, 130),
+        ("python benchmark/run_table.py table2", signal.SIGTERM, 143),
+        ("python benchmark/run_cell.py", signal.SIGINT, 130),
+    ],
+)
+def test_a_stopped_script_stops_its_runs_and_begins_no_others(checkout, command, stop, status):
     """Ctrl-C goes to the whole group, the shell script too, which then prints no table; SIGTERM to the one process."""
     path = checkout / "benchmark/run_cell.py"
     path.write_text(path.read_text().replace('if __name__ == "__main__":', ENDLESS + 'if __name__ == "__main__":'))
-    command = ["bash", "benchmark/table2.sh"] if stop == signal.SIGINT else [sys.executable, "benchmark/run_table.py", "table2"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([*command, "--scale", "smoke"], cwd=checkout, start_new_session=True, **pipes)
+    process = subprocess.Popen([*command.split(), "--scale", "smoke"], cwd=checkout, start_new_session=True, **pipes)
     deadline = time.monotonic() + 60
     while not any(log.read_text() for log in checkout.glob("runs/logs/*")):
         assert time.monotonic() < deadline and process.poll() is None
