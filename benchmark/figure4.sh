@@ -1,6 +1,15 @@
 #!/usr/bin/env bash
-# Figure 4: learned and true rewards in all games.
-# Runs what is missing, then prints the table; flags as in `python benchmark/run_table.py --help`.
-#
-#   bash benchmark/figure4.sh --scale cpu
-exec "$(dirname "$0")/table.sh" figure4 "$@"
+# Figures 2 and 4: learned and true rewards along a trajectory, for reward models of pure-expert data, without smoothness, and
+# of diversified data with it.
+SEEDS=${SEEDS:-4}
+source "$(dirname "$0")/settings.sh"
+for game in $games; do
+  collect $game diversified
+  collect $game pure-expert
+done | run
+
+for game in $games; do
+  reward_model $game pure-expert ${seeds%% *}
+  for alpha in 0 1; do reward_model $game diversified ${seeds%% *} --alpha $alpha; done
+done | run
+[ -n "$print" ] || python benchmark/figures.py --data-seed $data_seed --seed ${seeds%% *}

@@ -1,30 +1,41 @@
-"""The paper's theory made executable (sections 3 and 4, appendix A): tabular two-player Markov games with preference data, the
-coverage measures of Definition 1, the maximum-likelihood reward with its confidence set, Algorithm 2 (pessimistic values), 3
-(optimistic best responses) and 4 (surrogate minimization, by enumeration), all exact. First the two games of Table 4 under
-single-policy, unilateral and uniform data (Theorems 1 to 4), then a random Markov game on which Lemmas 1, 2 and 4 are checked.
+"""The paper's theory made executable (sections 3 and 4, appendix A): tabular two-player Markov games with
+preference data, the coverage measures of Definition 1, the maximum-likelihood reward with its confidence set,
+Algorithm 2 (pessimistic values), 3 (optimistic best responses) and 4 (surrogate minimization, by
+enumeration), all exact. First the two games of Table 4 under single-policy, unilateral and uniform data
+(Theorems 1 to 4), then a random Markov game on which Lemmas 1, 2 and 4 are checked.
 
-Usage: python benchmark/matrix_games.py        (from the repository root; writes benchmark/results/table4.md and table4.png)
+Usage: python benchmark/matrix_games.py        (writes benchmark/results/table4.md and table4.png)
 
-Letters: H steps, S states, A and B actions of player 1 and 2, d = SAB features, K1 and K2 enumerated policies of player 1 and
-2, T trajectories that the behavior policy can produce. Steps, states, players and actions count from 0 in the code.
+Letters: H steps, S states, A and B actions of player 1 and 2, d = SAB features, K1 and K2 enumerated policies
+of player 1 and 2, T trajectories that the behavior policy can produce. Steps, states, players and actions
+count from 0 in the code.
 
 # Deviation: what is ambiguous or wrong in the paper, and what stands here instead.
-1. As Table 4 is printed, b beside the rows and a above the columns, the equilibria of its caption are none if the player of a
-   earns r. Rows are a here, player 1 picks the row and earns r, player 2 earns 1 - r: then they are.
-2. Theorem 3's labels, Ber(exp(r - r')), are no probabilities; they follow Bradley and Terry here, as in section 3.
-3. Theorem 3's U_D(pi*) cannot fall below every C > 0: preferences never identify a constant in each step, so that direction of
-   psi stays uncovered. The algorithms see every reward minus that of a covered trajectory tau_ref in the same step, features
-   psi(tau) - psi(tau_ref); values shift by a constant, Nash gaps do not. The raw U_D is reported beside it. As rewards are in
-   [0, 1], anchored values of steps h to H lie in +-(H - h + 1): these replace the clips 0 of Algorithm 2 and H of Algorithm 3.
+1. As Table 4 is printed, b beside the rows and a above the columns, the equilibria of its caption are none if
+   the player of a earns r. Rows are a here, player 1 picks the row and earns r, player 2 earns 1 - r: then
+   they are.
+2. Theorem 3's labels, Ber(exp(r - r')), are no probabilities; they follow Bradley and Terry here, as in
+   section 3.
+3. Theorem 3's U_D(pi*) cannot fall below every C > 0: preferences never identify a constant in each step, so
+   that direction of psi stays uncovered. The algorithms see every reward minus that of a covered trajectory
+   tau_ref in the same step, features psi(tau) - psi(tau_ref); values shift by a constant, Nash gaps do not.
+   The raw U_D is reported beside it. As rewards are in [0, 1], anchored values of the steps h to H lie in
+   +-(H - h + 1): these replace the clips 0 of Algorithm 2 and H of Algorithm 3.
 4. Sigma_D^r contains lambda I already; Theta, Lemmas 1 and 3 and Theorem 4 add it again. It counts once here.
-5. C_r = C sqrt((dH + log(1/delta)) / (lambda^2 n) + d) and Lemma 5 disagree, and neither is Lemma 3.1 of Zhu et al.: that has
-   gamma^2, of the curvature of the logistic loss, in the place of lambda^2, and its 1/n belongs to Sigma / n, not to the sum
-   Sigma. `confidence_radii` states ours with a proof, C_P in its form for tables too. The beta of Algorithm 3 is C_P.
-6. The estimate's constraint, a norm of theta_h of at most sqrt(d), becomes a box: rewards minus 1/2 are in [-1/2, 1/2].
-7. Lemma 4 writes pi for pi*, and Theorem 4 lost the sum over players of its own proof: sum_i max_{pi_i} 4 E[...] here.
-8. Ties of Algorithm 4, which the order of enumeration would decide for (a1, b1), are decided at random.
+5. C_r = C sqrt((dH + log(1/delta)) / (lambda^2 n) + d) and Lemma 5 disagree, and neither is Lemma 3.1 of Zhu
+   et al.: that has gamma^2, of the curvature of the logistic loss, in the place of lambda^2, and its 1/n
+   belongs to Sigma / n, not to the sum Sigma. `confidence_radii` states ours with a proof, C_P in its form
+   for tables too. The beta of Algorithm 3 is C_P.
+6. The estimate's constraint, a norm of theta_h of at most sqrt(d), becomes a box: rewards minus 1/2 are in
+   [-1/2, 1/2].
+7. Lemma 4 writes pi for pi*, and Theorem 4 lost the sum over players of its own proof, sum_i max_{pi_i}.
+8. Algorithm 4 minimizes over deterministic policies. Ties, which the order of enumeration would decide for
+   (a1, b1), are decided at random.
 """
 
+from __future__ import annotations
+
+import io
 import itertools
 import sys
 from collections.abc import Callable
@@ -41,7 +52,8 @@ from collect_data import UserError, run_command_line, save_file
 
 COVERAGES = ("single", "unilateral", "uniform")
 NUM_STATES, HORIZON = 3, 3  # of the random game
-TABLE_4 = (np.array([[0.5, 1.0], [0.0, 0.5]]), np.array([[0.5, 0.0], [1.0, 0.5]]))  # rows a1, a2; columns b1, b2
+# r of M1 and M2; rows a1, a2; columns b1, b2
+TABLE_4 = np.array([[0.5, 1.0], [0.0, 0.5]]), np.array([[0.5, 0.0], [1.0, 0.5]])
 
 
 @dataclass
@@ -61,21 +73,22 @@ class Args:
     lam: float = 1.0
     """lambda in both covariance matrices"""
     c_r: float = 1.0
-    """C_r = c_r sqrt(k + 2 sqrt(k t) + 2 t) / (2 gamma) + sqrt(lambda k) with k = dH, t = log(2 m / delta), m = 2 players,
-    gamma = 1 / (2 + exp(H) + exp(-H)); the bounds are proven for 1"""
+    """C_r = c_r sqrt(k + 2 sqrt(k t) + 2 t) / (2 gamma) + sqrt(lambda k) with k = dH, t = log(2 m / delta), m
+    = 2 players, gamma = 1 / (2 + exp(H) + exp(-H)); the bounds are proven for 1"""
     c_p: float = 1.0
     """C_P = H [ c_p sqrt(2 (S log 2 + log(2 d H / delta))) + sqrt(lambda) ]; the bounds are proven for 1"""
     sharper: float = 0.1
-    """the Markov game's bounds are measured a second time with c_r and c_p times this: what holds in practice, without proof"""
-    result_path: str = "benchmark/results/table4.md"
+    """the Markov game's bounds are measured a second time with c_r and c_p times this: what holds in
+    practice, without proof"""
+    result_path: str = str(Path(__file__).parent / "results" / "table4.md")
     """the tables; the plot goes beside it as .png"""
 
 
-# Games and policies -----------------------------------------------------------------------------------------------------------
+# Games and policies ---
 @dataclass(frozen=True)
 class Game:
-    """A linear Markov game (Assumption 1) with one-hot psi(s, a), so theta is the table of rewards and mu that of transitions.
-    Play starts in state 0."""
+    """A linear Markov game (Assumption 1) with one-hot psi(s, a), so theta is the table of rewards and mu
+    that of transitions. Play starts in state 0."""
 
     rewards: np.ndarray  # (2, H, S, A, B), in [0, 1], deterministic
     transitions: np.ndarray  # (H, S, A, B, S); those of the last step do not matter
@@ -86,15 +99,16 @@ class Game:
 
 
 def matrix_game(payoffs: np.ndarray) -> Game:
-    """One step, one state; player 1 picks the row and gets r (A, B), player 2 picks the column and gets 1 - r."""
+    """One step, one state; player 1 picks the row and gets r (A, B), player 2 picks the column and gets 1 -
+    r."""
     A, B = payoffs.shape
     return Game(np.stack([payoffs, 1 - payoffs])[:, None, None], np.ones((1, 1, A, B, 1)))
 
 
 def random_game(seed: int, num_states: int, horizon: int) -> Game:
-    """2 x 2 actions, general-sum rewards uniform in [0, 1] and Dirichlet(1) transitions, drawn again until one has an
-    equilibrium of deterministic Markov policies. Every state can follow every other, so that comparisons of trajectories
-    identify the rewards of each step up to a constant."""
+    """2 x 2 actions, general-sum rewards uniform in [0, 1] and Dirichlet(1) transitions, drawn again until
+    one has an equilibrium of deterministic Markov policies. Every state can follow every other, so that
+    comparisons of trajectories identify the rewards of each step up to a constant."""
     rng = np.random.default_rng(seed)
     while True:
         rewards = rng.uniform(size=(2, horizon, num_states, 2, 2))
@@ -109,7 +123,8 @@ def stage_policies(num_actions: int, num_states: int) -> np.ndarray:
 
 
 def policy_actions(index: int, shape: tuple, player: int) -> np.ndarray:
-    """The actions (H, S) of a player's enumerated policy. Only state 0 counts in the first step, the others stand at 0."""
+    """The actions (H, S) of a player's enumerated policy. Only state 0 counts in the first step, the others
+    stand at 0."""
     H, S, A = shape[0], shape[1], shape[2 + player]
     tables = [stage_policies(A, 1 if h == 0 else S) for h in range(H)]
     actions = np.zeros((H, S), dtype=int)
@@ -119,21 +134,23 @@ def policy_actions(index: int, shape: tuple, player: int) -> np.ndarray:
 
 
 def policy_values(backup: Callable, shape: tuple) -> list[np.ndarray]:
-    """Values of all joint deterministic Markov policies: for each step (K1, K2, S), over the policies of the steps from there
-    on, and in the first step only in state 0. backup(h, V (..., S)) -> Q (..., S, A, B)."""
+    """Values of all joint deterministic Markov policies: for each step (K1, K2, S), over the policies of the
+    steps from there on, and in the first step only in state 0. backup(h, V (..., S)) -> Q (..., S, A, B)."""
     H, S, A, B = shape
     V, values = np.zeros((1, 1, S)), []
     for h in reversed(range(H)):
         n = 1 if h == 0 else S
         first, second = stage_policies(A, n), stage_policies(B, n)
-        V = backup(h, V)[:, :, np.arange(n), first[:, None], second[None]]  # (K1, K2, stages of 1, stages of 2, n)
+        # (K1, K2, stages of 1, stages of 2, n)
+        V = backup(h, V)[:, :, np.arange(n), first[:, None], second[None]]
         V = V.transpose(2, 0, 3, 1, 4).reshape(len(first) * V.shape[0], len(second) * V.shape[1], n)
         values.insert(0, V)
     return values
 
 
 def best_responses(backup: Callable, player: int, shape: tuple) -> list[np.ndarray]:
-    """Values of the player's best responses to all deterministic Markov policies of the other: for each step (K, S)."""
+    """Values of the player's best responses to all deterministic Markov policies of the other: for each step
+    (K, S)."""
     H, S = shape[:2]
     V, values = np.zeros((1, S)), []
     for h in reversed(range(H)):
@@ -164,10 +181,11 @@ def find_equilibrium(game: Game) -> tuple[int, int]:
     return int(first), int(second)
 
 
-# Data -------------------------------------------------------------------------------------------------------------------------
+# Data ---
 @dataclass(frozen=True)
 class Data:
-    """n pairs of trajectories with one label per player, summed up: which pairs, who won how often, what followed what."""
+    """n pairs of trajectories with one label per player, summed up: which pairs, who won how often, what
+    followed what."""
 
     cells: np.ndarray  # (T, H): index of (s, a, b) in each step
     counts: np.ndarray  # (T, T), symmetric: comparisons of two trajectories in either order
@@ -183,8 +201,8 @@ class Data:
 
 
 def behavior_policy(game: Game, equilibrium: tuple[int, int], coverage: str) -> np.ndarray:
-    """Probabilities of joint actions (H, S, A, B): uniform over those where at least one player keeps to the equilibrium
-    (unilateral), or over all (uniform)."""
+    """Probabilities of joint actions (H, S, A, B): uniform over those where at least one player keeps to the
+    equilibrium (unilateral), or over all (uniform)."""
     H, S, A, B = game.shape
     first, second = (policy_actions(index, game.shape, i) for i, index in enumerate(equilibrium))
     keeps = (np.arange(A) == first[..., None])[..., None] | (np.arange(B) == second[..., None])[..., None, :]
@@ -200,7 +218,8 @@ def list_trajectories(game: Game, behavior: np.ndarray) -> tuple[np.ndarray, np.
         now = states[:, -1]
         rows, actions = np.nonzero(behavior[h, now].reshape(-1, A * B))
         cells = np.concatenate([cells[rows], (now[rows] * A * B + actions)[:, None]], axis=1)
-        states, probabilities = states[rows], probabilities[rows] * behavior[h].reshape(S, A * B)[now[rows], actions]
+        probabilities = probabilities[rows] * behavior[h].reshape(S, A * B)[now[rows], actions]
+        states = states[rows]
         if h < H - 1:
             chances = game.transitions[h].reshape(-1, S)[cells[:, -1]]
             rows, followers = np.nonzero(chances)
@@ -231,9 +250,10 @@ def collect(game: Game, behavior: np.ndarray, n: int, rng: np.random.Generator) 
     return Data(cells, counts, points, visits, next_states, cells[times.argmax()])
 
 
-# Covariances, coverage, reward ------------------------------------------------------------------------------------------------
+# Covariances, coverage, reward ---
 def covariances(data: Data, lam: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sigma_D^r (Hd, Hd) of the differences psi(tau) - psi(tau'), and Sigma_D,h^p (H, d, d) of all visits (section 4.1)."""
+    """Sigma_D^r (Hd, Hd) of the differences psi(tau) - psi(tau'), and Sigma_D,h^p (H, d, d) of all visits
+    (section 4.1)."""
     features = data.features()
     # sum over pairs of (x - y)(x - y)^T: the Laplacian of the graph of comparisons
     preference = features.T @ (np.diag(data.counts.sum(axis=1)) - data.counts) @ features
@@ -242,8 +262,8 @@ def covariances(data: Data, lam: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def uncertainties(data: Data, shape: tuple, lam: float, anchored: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Norms (H, S, A, B) of psi_h(s, a), or with `anchored` of psi_h(s, a) - psi_h(tau_ref), under the inverse of Sigma_D^r,
-    and of psi(s, a) under that of Sigma_D,h^p."""
+    """Norms (H, S, A, B) of psi_h(s, a), or with `anchored` of psi_h(s, a) - psi_h(tau_ref), under the
+    inverse of Sigma_D^r, and of psi(s, a) under that of Sigma_D,h^p."""
     H, d = data.visits.shape
     preference, transition = covariances(data, lam)
     features = np.eye(H * d)
@@ -254,7 +274,7 @@ def uncertainties(data: Data, shape: tuple, lam: float, anchored: bool) -> tuple
     return np.sqrt(np.maximum(squares, 0)).reshape(shape), np.sqrt(diagonals).reshape(shape)
 
 
-def coverage_measures(game: Game, data: Data, equilibrium: tuple[int, int], lam: float, anchored: bool) -> list[float]:
+def coverage_measures(game: Game, data: Data, equilibrium, lam: float, anchored: bool) -> list[float]:
     """Definition 1: U_D of the equilibrium, of the worst unilateral deviation, and of the worst policy."""
     backup = model_backup(sum(uncertainties(data, game.shape, lam, anchored)), game.transitions)
     values = policy_values(backup, game.shape)[0][..., 0]
@@ -263,7 +283,8 @@ def coverage_measures(game: Game, data: Data, equilibrium: tuple[int, int], lam:
 
 
 def fit_reward(data: Data, player: int) -> np.ndarray:
-    """The maximum-likelihood reward (H, d) minus 1/2, within [-1/2, 1/2]. Never identified: a constant in each step."""
+    """The maximum-likelihood reward (H, d) minus 1/2, within [-1/2, 1/2]. Never identified: a constant in
+    each step."""
     features, points, n = data.features(), data.points[player], data.counts.sum() / 2
 
     def loss(theta):
@@ -274,26 +295,28 @@ def fit_reward(data: Data, player: int) -> np.ndarray:
         gradient = powers * (data.counts / sums).sum(axis=1) - points
         return nll / n, features.T @ gradient / n
 
-    options = dict(maxiter=1000, ftol=1e-16, gtol=1e-10)
-    start = np.zeros(features.shape[1])
-    fit = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(-0.5, 0.5)] * len(start), options=options)
+    options = {"maxiter": 1000, "ftol": 1e-16, "gtol": 1e-10}
+    start, box = np.zeros(features.shape[1]), [(-0.5, 0.5)] * features.shape[1]
+    fit = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=box, options=options)
     return fit.x.reshape(data.visits.shape)
 
 
 def confidence_radii(shape: tuple, delta: float, lam: float, c_r: float, c_p: float) -> tuple[float, float]:
-    """C_r and C_P, such that all bounds hold at once with probability 1 - delta when c_r = c_p = 1. The parts with lambda bound
-    biases, not chance: they keep cells without data at the clips, whatever c_r and c_p.
+    """C_r and C_P, such that all bounds hold at once with probability 1 - delta when c_r = c_p = 1. The parts
+    with lambda bound biases, not chance: they keep cells without data at the clips, whatever c_r and c_p.
 
-    C_r, for each player with probability 1 - delta / (2 m), m = 2: let D = theta_hat - theta, x the psi(tau) - psi(tau') and e
-    the deviations of the labels from their means. Returns differ by at most H, so the curvature of the loss is at least
-    gamma = s(H) s(-H), s logistic, and as the estimate is optimal in a convex set that has theta in it,
+    C_r, for each player with probability 1 - delta / (2 m), m = 2: let D = theta_hat - theta, x the psi(tau)
+    - psi(tau') and e the deviations of the labels from their means. Returns differ by at most H, so the
+    curvature of the loss is at least gamma = s(H) s(-H), s logistic, and as the estimate is optimal in a
+    convex set that has theta in it,
         gamma |D|^2_(sum x x^T) <= - <gradient at theta, D> <= | sum e x |_(Sigma^-1) |D|_Sigma.
-    e is 1/2-subgaussian, hence (Hsu, Kakade and Zhang, 2012) the first factor is at most g = sqrt(k + 2 sqrt(k t) + 2 t) / 2,
-    k = dH, t = log(2 m / delta). Adding lambda |D|^2 <= lambda k and solving for |D|_Sigma gives g / gamma + sqrt(lambda k).
+    e is 1/2-subgaussian, hence (Hsu, Kakade and Zhang, 2012) the first factor is at most g = sqrt(k + 2
+    sqrt(k t) + 2 t) / 2, k = dH, t = log(2 m / delta). Adding lambda |D|^2 <= lambda k and solving for
+    |D|_Sigma gives g / gamma + sqrt(lambda k).
 
     C_P, with probability 1 - delta / 2: the frequencies of what follows N visits of a cell are off by at most
-    sqrt(2 (S log 2 + log(2 d H / delta)) / N) in L1 (Weissman et al., 2003), values lie in +-H, and ridge regression takes
-    the share lambda / (N + lambda) from a value; 1 / sqrt(N + lambda) is the norm of psi."""
+    sqrt(2 (S log 2 + log(2 d H / delta)) / N) in L1 (Weissman et al., 2003), values lie in +-H, and ridge
+    regression takes the share lambda / (N + lambda) from a value; 1 / sqrt(N + lambda) is the norm of psi."""
     H, S, A, B = shape
     d = S * A * B
     k, t = d * H, np.log(2 * 2 / delta)
@@ -304,28 +327,30 @@ def confidence_radii(shape: tuple, delta: float, lam: float, c_r: float, c_p: fl
 
 
 def estimation_error(data: Data, estimate: np.ndarray, rewards: np.ndarray, lam: float) -> float:
-    """|theta_hat - theta|_Sigma of one player, theta the rewards minus 1/2. The confidence set has theta in it if this
-    is at most C_r."""
+    """|theta_hat - theta|_Sigma of one player, theta the rewards minus 1/2. The confidence set has theta in
+    it if this is at most C_r."""
     error = estimate.ravel() - (rewards.ravel() - 0.5)
     return float(np.sqrt(error @ covariances(data, lam)[0] @ error))
 
 
-# Algorithms 2 to 4 ------------------------------------------------------------------------------------------------------------
-def reward_bounds(data: Data, estimate: np.ndarray, norms: np.ndarray, C_r: float) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest anchored reward (H, S, A, B) in the confidence set, from the estimate (H, d) of one player."""
+# Algorithms 2 to 4 ---
+def reward_bounds(data: Data, estimate: np.ndarray, norms: np.ndarray, C_r: float):
+    """The least and the largest anchored reward (H, S, A, B) in the confidence set, from the estimate (H, d)
+    of one player."""
     anchored = (estimate - estimate[np.arange(len(estimate)), data.reference][:, None]).reshape(norms.shape)
     return anchored - C_r * norms, anchored + C_r * norms
 
 
-def estimated_backup(data: Data, rewards: np.ndarray, norms: np.ndarray, lam: float, sign: int, C_P: float) -> Callable:
+def estimated_backup(data: Data, rewards, norms, lam: float, sign: int, C_P: float) -> Callable:
     """Lines 4 and 5 of Algorithm 2 (sign -1, the pessimistic rewards) or 3 (sign 1, the optimistic ones)."""
     H = len(rewards)
     inverses = np.linalg.inv(covariances(data, lam)[1])  # (H, d, d)
 
     def backup(h, V):
-        targets = data.visits[h] * rewards[h].ravel() + V @ data.next_states[h].T  # (..., d): sum of psi [r + V(s')]
-        w = targets @ inverses[h]
-        Q = w.reshape(*V.shape[:-1], *norms.shape[1:]) + sign * C_P * norms[h]  # psi is one-hot: <psi(s, a), w> is an entry
+        # (..., d): sum of psi [r + V(s')]
+        targets = data.visits[h] * rewards[h].ravel() + V @ data.next_states[h].T
+        w = targets @ inverses[h]  # psi is one-hot: <psi(s, a), w> is an entry of w
+        Q = w.reshape(*V.shape[:-1], *norms.shape[1:]) + sign * C_P * norms[h]
         return sign * np.minimum(sign * Q, H - h)
 
     return backup
@@ -333,7 +358,8 @@ def estimated_backup(data: Data, rewards: np.ndarray, norms: np.ndarray, lam: fl
 
 @dataclass(frozen=True)
 class Bounds:
-    """What Algorithms 2 and 3 find, for each player and step, with the pessimistic and optimistic rewards they used."""
+    """What Algorithms 2 and 3 find, for each player and step, with the pessimistic and optimistic rewards
+    they used."""
 
     rewards: list[tuple[np.ndarray, np.ndarray]]  # (H, S, A, B) each
     pessimistic: list[list[np.ndarray]]  # (K1, K2, S), of all policies
@@ -345,14 +371,16 @@ class Bounds:
         return responses - self.pessimistic[0][0][..., 0] - self.pessimistic[1][0][..., 0]
 
 
-def compute_bounds(data: Data, estimates: list[np.ndarray], shape: tuple, lam: float, C_r: float, C_P: float) -> Bounds:
+def compute_bounds(data: Data, estimates: list, shape: tuple, lam: float, C_r: float, C_P: float) -> Bounds:
     reward_norms, transition_norms = uncertainties(data, shape, lam, anchored=True)
     rewards, pessimistic, optimistic = [], [], []
     for i in range(2):
         low, high = reward_bounds(data, estimates[i], reward_norms, C_r)
         rewards.append((low, high))
-        pessimistic.append(policy_values(estimated_backup(data, low, transition_norms, lam, -1, C_P), shape))
-        optimistic.append(best_responses(estimated_backup(data, high, transition_norms, lam, 1, C_P), i, shape))
+        below = estimated_backup(data, low, transition_norms, lam, -1, C_P)
+        above = estimated_backup(data, high, transition_norms, lam, 1, C_P)
+        pessimistic.append(policy_values(below, shape))
+        optimistic.append(best_responses(above, i, shape))
     return Bounds(rewards, pessimistic, optimistic)
 
 
@@ -363,7 +391,7 @@ def minimize_surrogate(bounds: Bounds, rng: np.random.Generator) -> tuple[int, i
     return int(first), int(second)
 
 
-def theorem_4_bound(game: Game, data: Data, equilibrium: tuple[int, int], lam: float, C_r: float, C_P: float) -> float:
+def theorem_4_bound(game: Game, data: Data, equilibrium, lam: float, C_r: float, C_P: float) -> float:
     """sum_i max_{pi_i} 4 E_{pi_i, pi*_-i} sum_h [ C_P |psi| + C_r |psi - psi_ref| ]."""
     reward_norms, transition_norms = uncertainties(data, game.shape, lam, anchored=True)
     backup = model_backup(C_P * transition_norms + C_r * reward_norms, game.transitions)
@@ -384,73 +412,73 @@ def check_lemmas(game: Game, data: Data, bounds: Bounds, norms: np.ndarray, C_r:
         for h in range(H):
             lemma_2 &= bool((bounds.pessimistic[i][h] <= values[h] + slack).all())
             lemma_2 &= bool((bounds.optimistic[i][h] >= responses[h] - slack).all())
-    return dict(lemma_1=lemma_1, lemma_2=lemma_2)
+    return {"lemma_1": lemma_1, "lemma_2": lemma_2}
 
 
-# Experiments ------------------------------------------------------------------------------------------------------------------
+# Experiments ---
 def measure_table_games(args: Args) -> dict[str, np.ndarray]:
-    """Of the worse of the two games, for each coverage, size and seed (3, sizes, seeds): the Nash gap of Algorithm 4's output,
-    the anchored and the raw U_D of the measure that has the data's name, Theorem 4's bound. `measures` (3, 2, 3): of each
-    coverage's data at the largest size all three measures, anchored and raw, means over games and seeds."""
+    """Of the worse of the two games, for each coverage, size and seed (3, sizes, seeds): the Nash gap of
+    Algorithm 4's output, the anchored and the raw U_D of the measure that has the data's name, Theorem 4's
+    bound. `measures` (3, 2, 3): of each coverage's data at the largest size all three measures, anchored and
+    raw, means over games and seeds."""
     games = [matrix_game(payoffs) for payoffs in TABLE_4]
-    equilibria = [find_equilibrium(game) for game in games]
-    gaps = [nash_gaps(game) for game in games]
+    equilibria, gaps = [find_equilibrium(game) for game in games], [nash_gaps(game) for game in games]
     C_r, C_P = confidence_radii(games[0].shape, args.delta, args.lam, args.c_r, args.c_p)
-    names, shape = ("gap", "anchored", "raw", "bound"), (len(COVERAGES), len(args.table_sizes), args.num_seeds)
-    results = {name: np.zeros(shape) for name in names} | dict(measures=np.zeros((len(COVERAGES), 2, 3)))
+    names, shape = (
+        ("gap", "anchored", "raw", "bound"),
+        (len(COVERAGES), len(args.table_sizes), args.num_seeds),
+    )
+    results = {name: np.zeros(shape) for name in names} | {"measures": np.zeros((len(COVERAGES), 2, 3))}
     for c, k, s in tqdm(list(np.ndindex(shape)), desc="games of Table 4", unit="dataset"):
         rng, runs = np.random.default_rng((args.seed, c, args.table_sizes[k], s)), []
         for game, equilibrium, gap in zip(games, equilibria, gaps, strict=True):
+            if COVERAGES[c] != "single":
+                behavior = behavior_policy(game, equilibrium, COVERAGES[c])
+            else:  # both equilibria, which both games reward alike: one dataset for the two (Theorem 3)
+                behavior = np.eye(2)[None, None] / 2
             if COVERAGES[c] != "single" or not runs:
-                # Both games reward the two equilibria alike, so one dataset of the two is as likely in either (Theorem 3).
-                single = np.eye(2)[None, None] / 2
-                behavior = single if COVERAGES[c] == "single" else behavior_policy(game, equilibrium, COVERAGES[c])
                 data = collect(game, behavior, args.table_sizes[k], rng)
                 estimates = [fit_reward(data, i) for i in range(2)]
-                output = minimize_surrogate(compute_bounds(data, estimates, game.shape, args.lam, C_r, C_P), rng)
-            measures = [coverage_measures(game, data, equilibrium, args.lam, anchored) for anchored in (True, False)]
+                bounds = compute_bounds(data, estimates, game.shape, args.lam, C_r, C_P)
+                output = minimize_surrogate(bounds, rng)
+            anchored, raw = (coverage_measures(game, data, equilibrium, args.lam, x) for x in (True, False))
             bound = theorem_4_bound(game, data, equilibrium, args.lam, C_r, C_P)
-            runs.append((gap[output], measures[0][c], measures[1][c], bound))
+            runs.append((gap[output], anchored[c], raw[c], bound))
             if k == len(args.table_sizes) - 1:
-                results["measures"][c] += np.array(measures) / (len(games) * args.num_seeds)
+                results["measures"][c] += np.array([anchored, raw]) / (len(games) * args.num_seeds)
         for name, values in zip(names, zip(*runs, strict=True), strict=True):
             results[name][c, k, s] = max(values)
     return results
 
 
 def measure_markov_game(args: Args) -> dict[str, np.ndarray]:
-    """On unilateral data, for the stated and the sharper constants, each size and dataset (2, sizes, datasets): whether Lemmas
-    1, 2 and 4 hold; the width sum_i [optimistic - pessimistic] at the equilibrium, Theorem 4's bound and the gap of Algorithm
-    4's output. `error` (sizes, datasets): the larger |theta_hat - theta|_Sigma of the two players."""
+    """On unilateral data, for the stated and the sharper constants, each size and dataset (2, sizes,
+    datasets): whether Lemmas 1, 2 and 4 hold; the width sum_i [optimistic - pessimistic] at the equilibrium,
+    Theorem 4's bound and the gap of Algorithm 4's output. `error` (sizes, datasets): the larger
+    |theta_hat - theta|_Sigma of the two players."""
     game = random_game(args.seed, NUM_STATES, HORIZON)
     equilibrium, gaps = find_equilibrium(game), nash_gaps(game)
     behavior = behavior_policy(game, equilibrium, "unilateral")
-    names, shape = ("lemma_1", "lemma_2", "lemma_4", "width", "bound", "gap"), (len(args.markov_sizes), args.num_datasets)
-    results = {name: np.zeros((2, *shape)) for name in names} | dict(error=np.zeros(shape))
+    names = ("lemma_1", "lemma_2", "lemma_4", "width", "bound", "gap")
+    shape = (len(args.markov_sizes), args.num_datasets)
+    results = {name: np.zeros((2, *shape)) for name in names} | {"error": np.zeros(shape)}
     for k, s in tqdm(list(np.ndindex(shape)), desc="random Markov game", unit="dataset"):
         rng = np.random.default_rng((args.seed, len(COVERAGES), args.markov_sizes[k], s))
         data = collect(game, behavior, args.markov_sizes[k], rng)
         estimates = [fit_reward(data, i) for i in range(2)]
         norms = uncertainties(data, game.shape, args.lam, anchored=True)[0]
-        results["error"][k, s] = max(estimation_error(data, estimates[i], game.rewards[i], args.lam) for i in range(2))
+        errors = [estimation_error(data, estimates[i], game.rewards[i], args.lam) for i in range(2)]
+        results["error"][k, s] = max(errors)
         for scale, factor in enumerate((1, args.sharper)):
-            C_r, C_P = confidence_radii(game.shape, args.delta, args.lam, factor * args.c_r, factor * args.c_p)
-            bounds = compute_bounds(data, estimates, game.shape, args.lam, C_r, C_P)
-            width, gap = bounds.surrogate()[equilibrium], gaps[minimize_surrogate(bounds, rng)]
-            run = check_lemmas(game, data, bounds, norms, C_r) | dict(lemma_4=gap <= width + 1e-9, width=width, gap=gap)
-            run["bound"] = theorem_4_bound(game, data, equilibrium, args.lam, C_r, C_P)
+            C = confidence_radii(game.shape, args.delta, args.lam, factor * args.c_r, factor * args.c_p)
+            bounds = compute_bounds(data, estimates, game.shape, args.lam, *C)
+            run = check_lemmas(game, data, bounds, norms, C[0])
+            run["width"], run["gap"] = bounds.surrogate()[equilibrium], gaps[minimize_surrogate(bounds, rng)]
+            run["lemma_4"] = run["gap"] <= run["width"] + 1e-9
+            run["bound"] = theorem_4_bound(game, data, equilibrium, args.lam, *C)
             for name, value in run.items():
                 results[name][scale, k, s] = value
     return results
-
-
-def command(args: Args) -> str:
-    words = ["python benchmark/matrix_games.py"]
-    for name, value in vars(args).items():
-        if value != getattr(Args, name):
-            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"--{name.replace('_', '-')} {value}")
-    return " ".join(words)
 
 
 def report(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarray], plot_name: str) -> str:
@@ -458,69 +486,62 @@ def report(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarra
         C_r, C_P = confidence_radii(shape, args.delta, args.lam, factor * args.c_r, factor * args.c_p)
         return f"C_r = {C_r:.1f}, C_P = {C_P:.1f}"
 
-    lines = [
-        "# Table 4: which data identify an equilibrium",
-        "",
-        f"Made by `{command(args)}` (`bash benchmark/table4.sh`).",
-        f"delta {args.delta:g}, lambda {args.lam:g}, c_r {args.c_r:g}, c_p {args.c_p:g}; the formulas: `--help`.",
-        "",
-        "Player 1 picks the row and earns r, player 2 picks the column and earns 1 - r. The equilibrium is (a1, b1) in M1",
-        "and (a2, b2) in M2. (The paper writes b beside the rows and a above the columns, which contradicts its caption.)",
-        "",
-        "| M1 | b1 | b2 | | M2 | b1 | b2 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    policies, shape = 2 ** (NUM_STATES * (HORIZON - 1) + 1), (HORIZON, NUM_STATES, 2, 2)
+    lines = ["# Table 4: which data identify an equilibrium", "", "| M1 | b1 | b2 | | M2 | b1 | b2 |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for a, (left, right) in enumerate(zip(*TABLE_4, strict=True), start=1):
         lines.append(f"| a{a} | {left[0]:g} | {left[1]:g} | | a{a} | {right[0]:g} | {right[1]:g} |")
-    lines += [
-        "",
-        f"Algorithm 4 on n preference pairs, {args.num_seeds} seeds, {radii((1, 1, 2, 2))}. Single-policy data are",
-        "(a1, b1) and (a2, b2) only, one dataset for both games, and the gaps of any policy in the two add up to 1 (Theorem",
-        "3); unilateral data have the equilibrium and the two cells beside it, uniform data all four. Each number is that of",
-        "the worse of the two games. U_D is the measure of Definition 1 that has the data's name. Anchored: with features",
-        "psi(tau) - psi(tau_ref); raw: as in the paper, where preferences leave a constant open.",
-        "",
-        "| data | n | Nash gap: mean | smallest | largest | U_D anchored | U_D raw | Theorem 4's bound |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines += f"""
+Player 1 picks the row and earns r, player 2 picks the column and earns 1 - r. The equilibrium is (a1, b1) in
+M1 and (a2, b2) in M2. Made by `python benchmark/matrix_games.py` with delta {args.delta:g}, lambda
+{args.lam:g}, c_r {args.c_r:g}, c_p {args.c_p:g} and seed {args.seed}.
+
+Algorithm 4 on n preference pairs, {args.num_seeds} seeds, {radii((1, 1, 2, 2))}. Single-policy data are
+(a1, b1) and (a2, b2) only, one dataset for both games, and the gaps of any policy in the two add up to 1
+(Theorem 3); unilateral data have the equilibrium and the two cells beside it, uniform data all four. Each
+number is that of the worse of the two games. U_D is the measure of Definition 1 that has the data's name.
+Anchored: with features psi(tau) - psi(tau_ref); raw: as in the paper, where a constant stays open.
+
+| data | n | Nash gap: mean | smallest | largest | U_D anchored | U_D raw | Theorem 4's bound |
+|---|---|---|---|---|---|---|---|""".split("\n")
     for c, coverage in enumerate(COVERAGES):
         for k, n in enumerate(args.table_sizes):
             gap, bound = table["gap"][c, k], table["bound"][c, k].mean()
             measures = " | ".join(f"{table[name][c, k].mean():.3f}" for name in ("anchored", "raw"))
             cells = f"{gap.mean():.3f} | {gap.min():.3f} | {gap.max():.3f} | {measures} | {bound:.2f}"
             lines.append(f"| {coverage} | {n:,} | {cells} |")
-    lines += [
-        "",
-        f"All three measures at n = {args.table_sizes[-1]:,}, anchored (raw), means over games and seeds:",
-        "",
-        "| data | single: pi* | unilateral: worst deviation | uniform: worst policy |",
-        "|---|---|---|---|",
-    ]
+    lines += f"""
+All three measures at n = {args.table_sizes[-1]:,}, anchored (raw), means over games and seeds:
+
+| data | single: pi* | unilateral: worst deviation | uniform: worst policy |
+|---|---|---|---|""".split("\n")
     for coverage, pair in zip(COVERAGES, table["measures"], strict=True):
-        lines.append(f"| {coverage} | " + " | ".join(f"{x:.3f} ({y:.3f})" for x, y in zip(*pair, strict=True)) + " |")
-    policies, shape = 2 ** (NUM_STATES * (HORIZON - 1) + 1), (HORIZON, NUM_STATES, 2, 2)
-    lines += [
-        "",
-        "## A random Markov game",
-        "",
-        f"{HORIZON} steps, {NUM_STATES} states, 2 x 2 actions, general-sum rewards, seed {args.seed}: the first game drawn",
-        f"that has a deterministic Markov equilibrium. Unilateral data, {args.num_datasets} datasets of each size n, of which",
-        f"at least {(1 - args.delta) * args.num_datasets:g} should satisfy: Lemma 1 for all rewards; Lemma 2, pessimistic <=",
-        f"true <= optimistic, for all {policies} x {policies} deterministic Markov policies, both players, all steps and",
-        "states; Lemma 4, the gap of Algorithm 4's output is at most the width, sum_i [optimistic - pessimistic] at pi*,",
-        f"which clipping keeps at {4 * HORIZON} or less. Constants: {radii(shape)} (proven for c_r = c_p = 1) and, with",
-        f"{args.sharper:g} times c_r and c_p, {radii(shape, args.sharper)} (not proven). The last column is the largest",
-        "|theta_hat - theta|_Sigma, which C_r has to exceed.",
-        "",
-        "| c_r, c_p | n | Lemma 1 | Lemma 2 | Lemma 4 | width | Theorem 4's bound | gap: mean | largest | theta error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        cells = " | ".join(f"{x:.3f} ({y:.3f})" for x, y in zip(*pair, strict=True))
+        lines.append(f"| {coverage} | {cells} |")
+    lines += f"""
+## A random Markov game
+
+{HORIZON} steps, {NUM_STATES} states, 2 x 2 actions, general-sum rewards: the first game drawn that has a
+deterministic Markov equilibrium. Unilateral data, {args.num_datasets} datasets of each size n, of which
+at least {(1 - args.delta) * args.num_datasets:g} should satisfy: Lemma 1 for all rewards; Lemma 2,
+pessimistic <= true <= optimistic, for all {policies} x {policies} deterministic Markov policies, both
+players, all steps and states; Lemma 4, the gap of Algorithm 4's output is at most the width, sum_i
+[optimistic - pessimistic] at pi*, which clipping keeps at {4 * HORIZON} or less. Constants:
+{radii(shape)} (proven for c_r = c_p = 1) and, with {args.sharper:g} times c_r and c_p,
+{radii(shape, args.sharper)} (not proven). The last column is the largest |theta_hat - theta|_Sigma, which
+C_r has to exceed.
+
+| c_r, c_p | n | Lemma 1 | Lemma 2 | Lemma 4 | width | Theorem 4's bound | gap: mean | largest | theta error |
+|---|---|---|---|---|---|---|---|---|---|""".split("\n")
     for scale, factor in enumerate((1, args.sharper)):
         for k, n in enumerate(args.markov_sizes):
-            holds = " | ".join(f"{markov[name][scale, k].sum():.0f}" for name in ("lemma_1", "lemma_2", "lemma_4"))
+            lemmas = ("lemma_1", "lemma_2", "lemma_4")
+            holds = " | ".join(f"{markov[name][scale, k].sum():.0f}" for name in lemmas)
             means = " | ".join(f"{markov[name][scale, k].mean():.3f}" for name in ("width", "bound", "gap"))
             largest = f"{markov['gap'][scale, k].max():.3f} | {markov['error'][k].max():.2f}"
-            lines.append(f"| {factor * args.c_r:g}, {factor * args.c_p:g} | {n:,} | {holds} | {means} | {largest} |")
+            lines.append(
+                f"| {factor * args.c_r:g}, {factor * args.c_p:g} | {n:,} | {holds} | {means} | {largest} |"
+            )
     return "\n".join([*lines, "", f"![gap, bounds and widths against n]({plot_name})", ""])
 
 
@@ -531,20 +552,21 @@ def plot(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarray]
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
+    labels = {"bound": "Theorem 4", "anchored": "anchored U_D", "raw": "raw U_D"}
+    labels |= {"width": "width at pi*", "gap": "gap of the output"}
     for c, coverage in enumerate(COVERAGES):
         gap, color = table["gap"][c], f"C{c}"
         axes[0].plot(args.table_sizes, gap.mean(axis=1), "o-", color=color, label=f"{coverage} data")
         axes[0].fill_between(args.table_sizes, gap.min(axis=1), gap.max(axis=1), color=color, alpha=0.15)
-        for name, style in dict(bound="--", anchored="-", raw=":").items():
-            label = dict(bound="Theorem 4", anchored="anchored U_D", raw="raw U_D")[name]
-            axes[1].plot(args.table_sizes, table[name][c].mean(axis=1), style, color=color, label=f"{label}, {coverage}")
+        for name, style in (("bound", "--"), ("anchored", "-"), ("raw", ":")):
+            means, label = table[name][c].mean(axis=1), f"{labels[name]}, {coverage}"
+            axes[1].plot(args.table_sizes, means, style, color=color, label=label)
     axes[0].axhline(0.5, color="gray", linestyle=":", label="0.5 (Theorem 3)")
     for scale, factor in enumerate((1, args.sharper)):
-        for name, style in dict(bound="--", width="o-", gap="^:").items():
-            label = dict(bound="Theorem 4", width="width at pi*", gap="gap of the output")[name]
-            values = np.maximum(markov[name][scale].mean(axis=1), 1e-3)
-            label += f", c_r = {factor * args.c_r:g}"
-            axes[2].plot(args.markov_sizes, values, style, color=f"C{len(COVERAGES) + scale}", label=label)
+        for name, style in (("bound", "--"), ("width", "o-"), ("gap", "^:")):
+            means = np.maximum(markov[name][scale].mean(axis=1), 1e-3)
+            label, color = f"{labels[name]}, c_r = {factor * args.c_r:g}", f"C{len(COVERAGES) + scale}"
+            axes[2].plot(args.markov_sizes, means, style, color=color, label=label)
     axes[0].set(title="Table 4, worse game: Nash gap", ylabel=f"mean and range of {args.num_seeds} seeds")
     axes[1].set(title="Table 4: bound and coverage", yscale="log", ylabel="mean")
     axes[2].set(title="Random Markov game, unilateral data", yscale="log", ylabel="mean, cut off below 0.001")
@@ -554,32 +576,19 @@ def plot(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarray]
     return figure
 
 
-def check_args(args: Args) -> None:
-    for name in ("num_seeds", "num_datasets", "table_sizes", "markov_sizes"):
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not numbers or not 1 <= min(numbers) <= max(numbers) <= 10**15 or list(numbers) != sorted(numbers):
-            raise UserError(f"{flag}: must be from 1 to 10^15" + (", ascending" if isinstance(value, tuple) else ""))
-    if args.seed < 0:
-        raise UserError("--seed: must not be negative")
-    if not 0 < args.delta < 1:
-        raise UserError("--delta: must lie between 0 and 1")
-    for name in ("lam", "c_r", "c_p", "sharper"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')}: must be a finite number above 0")
-    if not args.result_path.endswith(".md"):
-        raise UserError(f"--result-path {args.result_path}: must end in .md; the plot goes beside it as .png")
-
-
 def main(args: Args) -> None:
-    check_args(args)
+    sizes = (args.num_seeds, args.num_datasets, *args.table_sizes, *args.markov_sizes)
+    constants = (args.lam, args.c_r, args.c_p, args.sharper)
+    fine = all(0 < x <= 10**15 for x in (*sizes, *constants)) and args.table_sizes and args.markov_sizes
+    if not fine or args.seed < 0 or not 0 < args.delta < 1:
+        raise UserError("sizes and constants must be above 0, --delta between 0 and 1, --seed not negative")
     table, markov = measure_table_games(args), measure_markov_game(args)
-    path = Path(args.result_path)
-    image = path.with_suffix(".png")
-    text, figure = report(args, table, markov, image.name), plot(args, table, markov)
+    path, buffer = Path(args.result_path), io.BytesIO()
+    text = report(args, table, markov, path.with_suffix(".png").name)
     print(text)
-    save_file(path, lambda file: file.write(text.encode()))
-    save_file(image, lambda file: figure.savefig(file, format="png", dpi=75, metadata=dict(Software=None)))
+    save_file(path, text.encode())
+    plot(args, table, markov).savefig(buffer, format="png", dpi=75, metadata={"Software": None})
+    save_file(path.with_suffix(".png"), buffer.getvalue())
 
 
 if __name__ == "__main__":

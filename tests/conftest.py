@@ -1,10 +1,16 @@
-"""Small datasets shared by the tests: one of spread, played by the shipped policies, and one of a made-up game; no network."""
+"""Small datasets shared by the tests: one of spread, played by the shipped policies, and one of a made-up
+game; no network."""
 
 import json
 import os
 import runpy
 from pathlib import Path
 
+for name in (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+):  # before numpy comes; two threads on a busy core crawl
+    os.environ.setdefault(name, "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
@@ -12,24 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-import benchmark.train_spread_experts as train_spread_experts
 import collect_data
-import train_bc
-import vdn_rlhf
 
 ROOT = Path(__file__).parent.parent
 NO_NETWORK = ROOT / "tests" / "no_network"
 os.environ["PYTHONPATH"] = str(NO_NETWORK)  # for processes that tests start
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def fewer_test_episodes():
-    for module in (collect_data, train_bc, vdn_rlhf):
-        module.TEST_EPISODES = 512
-    for module in (collect_data, train_spread_experts, vdn_rlhf):
-        module.HISTORY_EPISODES = 128
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +42,9 @@ def spread_data(tmp_path_factory) -> Path:
 
 
 def made_up_arrays(num_trajectories=60, num_pairs=400, seed=0) -> dict[str, np.ndarray]:
-    """A game that no script knows: 4 agents, 7 actions, horizon 9. Agent i earns 1 whenever it plays action i, and labels are
-    exact, so the best policy, the best reward model and the uniform behavior policy are all known."""
+    """A game that no script knows: 4 agents, 7 actions, horizon 9. Agent i earns 1 whenever it plays action
+    i, and labels are exact, so the best policy, the best reward model and the uniform behavior policy are all
+    known."""
     rng = np.random.default_rng(seed)
     N, T, A, D, num_actions = num_trajectories, 9, 4, 5, 7
     actions = rng.integers(num_actions, size=(N, T, A))
@@ -57,15 +53,15 @@ def made_up_arrays(num_trajectories=60, num_pairs=400, seed=0) -> dict[str, np.n
     pairs = np.stack([first, (first + rng.integers(1, N, size=num_pairs)) % N], axis=1)
     returns = rewards.sum(axis=1) + rng.uniform(0, 1e-3, (N, A))  # no ties
     labels = np.where(returns[pairs[:, 0]] > returns[pairs[:, 1]], 1, -1)
-    meta = dict(format=1, env="made-up", num_agents=A, num_actions=num_actions, horizon=T)
-    return dict(
-        observations=rng.normal(size=(N, T + 1, A, D)).astype(np.float32),
-        actions=actions.astype(np.uint8),
-        pairs=pairs.astype(np.int32),
-        labels=labels.astype(np.int8),
-        true_rewards=rewards,
-        meta=np.array(json.dumps(meta)),
-    )
+    meta = {"format": 1, "env": "made-up", "num_agents": A, "num_actions": num_actions, "horizon": T}
+    return {
+        "observations": rng.normal(size=(N, T + 1, A, D)).astype(np.float32),
+        "actions": actions.astype(np.uint8),
+        "pairs": pairs.astype(np.int32),
+        "labels": labels.astype(np.int8),
+        "true_rewards": rewards,
+        "meta": np.array(json.dumps(meta)),
+    }
 
 
 @pytest.fixture

@@ -1,16 +1,18 @@
-import dataclasses
+"""The dataset: its format, who plays in it, which pairs it compares, and how the labels were drawn."""
+
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import same_weights
+from conftest import ROOT
 
 import collect_data
-from collect_data import EARLY_CHECKPOINTS, Args, draw_labels, draw_pairs, make_game, mean_return
+from collect_data import Args, draw_pairs, make_game, spread
 
 BLOCK = collect_data.BLOCK_SIZE
-POLICIES = ("expert", "rookie", "novice")
+EXPERT, UNILATERAL, ROOKIE, TRIVIAL = range(4)
 
 
 def load(path) -> tuple[dict, dict]:
@@ -33,40 +35,106 @@ def test_format(spread_data):
         "true_rewards": ((N, T, A), np.float32),
     }
     assert {key: (array.shape, array.dtype.type) for key, array in arrays.items()} == expected
-    assert meta["env"] == "spread" and meta["mixture"] == "diversified" and meta["num_actions"] == 5
+    assert arrays["block"].tolist() == [n // BLOCK for n in range(N)]
     returns = arrays["true_rewards"].sum(axis=1)
-    np.testing.assert_allclose(meta["return_mean"], returns.mean(axis=0), rtol=1e-4)
-    np.testing.assert_allclose(meta["return_std"], returns.std(axis=0), rtol=1e-4)
-
-
-@pytest.mark.parametrize("mixture", collect_data.MIXTURES)
-def test_mixture_has_the_ratios_of_table_1(mixture, tmp_path, monkeypatch):
-    path = tmp_path / "dataset.npz"
-    monkeypatch.setattr(collect_data, "ENVIRONMENTS_AT_ONCE", 100)  # several chunks, the last one short
-    collect_data.main(Args(dataset=mixture, num_trajectories=1024, data_path=str(path), device="cpu"))
-    arrays, _ = load(path)
-    counts = np.bincount(arrays["behavior"], minlength=4)
-    assert counts.tolist() == [256 * part for part in collect_data.MIXTURES[mixture]]
-    unilateral = arrays["behavior"] == collect_data.UNILATERAL
-    assert (arrays["deviator"][~unilateral] == -1).all()
-    if unilateral.any():  # the deviator rotates over the agents
-        assert np.bincount(arrays["deviator"][unilateral]).max() - np.bincount(arrays["deviator"][unilateral]).min() <= 1
-    # Permuted: every block holds all behaviors, in about the mixture's ratio.
-    expert_share = (arrays["behavior"].reshape(-1, BLOCK) == collect_data.EXPERT).mean(axis=1)
-    assert np.abs(expert_share - counts[0] / 1024).max() < 0.12
-
-
-def test_behaviors_are_ordered_by_return(spread_data):
-    arrays, _ = load(spread_data)
-    returns = arrays["true_rewards"].sum(axis=1).mean(axis=1)
-    expert, unilateral, rookie, trivial = (returns[arrays["behavior"] == b].mean() for b in range(4))
+    np.testing.assert_allclose(meta.pop("return_mean"), returns.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(meta.pop("return_std"), returns.std(axis=0), rtol=1e-4)
+    policies = {name: ROOT / f"policies/spread/{name}.pt" for name in ("expert", "rookie", "novice")}
+    policies = {name: torch.load(path, weights_only=True)["meta"] for name, path in policies.items()}
+    checksums = {name: policy["checksum"] for name, policy in policies.items()}
+    checksums["version"] = collect_data.VERSION
+    args = {"env": "spread", "dataset": "diversified", "seed": 1, "num_trajectories": N}
+    args |= {"pairs_per_trajectory": 10, "steepness": 5.0, "epsilon": 0.05}
+    sizes = {"num_actions": 5, "num_agents": 3, "horizon": 25}
+    wanted = {"format": 1, "env": "spread", "args": args, "steepness": 5.0, "sources": checksums} | sizes
+    assert wanted.items() <= meta.items()
+    results = json.loads(spread_data.with_suffix(".json").read_text())
+    assert {"command", "args", "metrics", "version", "packages", "machine", "seconds"} == results.keys()
+    behaviors = enumerate(("expert", "unilateral", "rookie", "trivial"))
+    measured = {f"return/{name}": returns[arrays["behavior"] == b].mean() for b, name in behaviors}
+    assert results["metrics"] == pytest.approx(measured, abs=1e-3)
+    expert, unilateral, rookie, trivial = measured.values()
     assert expert > unilateral + 1 > rookie + 2 > trivial + 4
 
 
-def test_stored_actions_and_observations_are_of_the_same_steps(spread_data):
-    """Replay stored actions in a fresh environment from the stored first observation."""
+class Always(torch.nn.Module):
+    def __init__(self, action):
+        super().__init__()
+        self.action = action
+
+    def forward(self, observations, first_step=0, memory=None):
+        actions = torch.full(observations.shape[:3], self.action)
+        return torch.nn.functional.one_hot(actions, 5).float(), None
+
+
+PARTS = {  # of 1,536 trajectories: expert, unilateral, rookie and trivial
+    "diversified": (384, 384, 384, 384),
+    "mix-unilateral": (768, 384, 0, 384),
+    "mix-expert": (1152, 0, 0, 384),
+    "pure-expert": (1536, 0, 0, 0),
+    "no-expert": (0, 0, 768, 768),
+    "trivial": (0, 0, 0, 1536),
+}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "num_agents"), [*((name, 3) for name in collect_data.MIXTURES), ("diversified", 4)]
+)
+def test_who_plays(dataset, num_agents, monkeypatch):
+    """The shares of Table 1; every policy is replaced by one that always plays its own action, 0 for the
+    expert, 1 for the rookie, 2 for the novice."""
+    monkeypatch.setattr(collect_data, "ENVIRONMENTS_AT_ONCE", 100)  # several chunks, the last one short
+    policies = {"expert": Always(0), "rookie": Always(1), "novice": Always(2)}
+    args = Args(dataset=dataset, num_trajectories=1536, epsilon=0.0)
+    data = collect_data.play_mixture(args, spread(num_agents, 3), policies, torch.device("cpu"))
+    behavior, deviator, actions = data["behavior"], data["deviator"], data["actions"].long()
+    assert tuple(torch.bincount(behavior, minlength=4).tolist()) == PARTS[dataset]
+    assert (actions[behavior == EXPERT] == 0).all() and (actions[behavior == ROOKIE] == 1).all()
+    if dataset != "pure-expert":
+        random = actions[behavior == TRIVIAL].flatten()
+        shares = torch.bincount(random, minlength=5) / len(random)
+        torch.testing.assert_close(shares, torch.full((5,), 0.2), atol=0.01, rtol=0)
+    # Exactly one agent deviates, for the whole episode: every agent as often as a rookie as as a novice.
+    assert (deviator[behavior != UNILATERAL] == -1).all()
+    chosen, deviates = actions[behavior == UNILATERAL], deviator[behavior == UNILATERAL]
+    others = torch.arange(num_agents) != deviates[:, None]
+    assert (chosen.transpose(1, 2)[others] == 0).all()
+    played = chosen.transpose(1, 2)[~others]  # (n, T)
+    assert (played == played[:, :1]).all()
+    joint = torch.bincount(deviates * 3 + played[:, 0], minlength=3 * num_agents).view(-1, 3)
+    assert joint.tolist() == [[0] + [len(chosen) / (2 * num_agents)] * 2] * num_agents
+    # Permuted: every block holds all behaviors, in about the mixture's ratio.
+    for b in range(4):
+        shares = (behavior.view(-1, BLOCK) == b).float().mean(dim=1)
+        assert (shares - PARTS[dataset][b] / 1536).abs().max() < 0.12
+
+
+def test_share_of_random_actions(spread_data):
+    """An action is the greedy one of the network with probability 1 - epsilon * 4 / 5, of trivial agents with
+    1 / 5. The network, observations and actions must then be of the same steps."""
     arrays, _ = load(spread_data)
-    first = torch.from_numpy(arrays["observations"][:64, 0])  # velocity, position, landmarks relative to the agent, ...
+    agrees = {}
+    for name in ("expert", "rookie", "novice"):
+        path = ROOT / f"policies/spread/{name}.pt"
+        checkpoint = collect_data.load_checkpoint(path, "expert")
+        network = collect_data.build_network(collect_data.AgentNetwork, path, checkpoint, "cpu")
+        outputs, _ = network(torch.from_numpy(arrays["observations"][:, :-1]))
+        agrees[name] = (outputs.argmax(dim=-1).numpy() == arrays["actions"]).mean(axis=1)  # (N, A)
+    behavior = arrays["behavior"]
+    assert agrees["expert"][behavior == EXPERT].mean() == pytest.approx(0.96, abs=0.005)
+    assert agrees["rookie"][behavior == ROOKIE].mean() == pytest.approx(0.96, abs=0.005)
+    assert agrees["expert"][behavior == TRIVIAL].mean() == pytest.approx(0.2, abs=0.01)
+    deviates = np.arange(3) == arrays["deviator"][:, None]
+    unilateral = (behavior == UNILATERAL)[:, None]
+    assert agrees["expert"][unilateral & ~deviates].mean() == pytest.approx(0.96, abs=0.005)
+    likely = np.maximum(agrees["rookie"], agrees["novice"])[unilateral & deviates]
+    assert likely.mean() == pytest.approx(0.96, abs=0.01) and agrees["expert"][deviates].mean() < 0.8
+
+
+def test_stored_actions_lead_to_the_stored_observations_and_rewards(spread_data):
+    """Replayed in a fresh environment from the first observation."""
+    arrays, _ = load(spread_data)
+    first = torch.from_numpy(arrays["observations"][:64, 0])  # velocity, position, landmarks from there, ...
     positions, velocities = first[..., 2:4], first[..., :2]
     landmarks = first[:, 0, 4:10].view(-1, 3, 2) + positions[:, :1]
     env = collect_data.ParticleEnv(make_game("spread"), 64)
@@ -75,23 +143,6 @@ def test_stored_actions_and_observations_are_of_the_same_steps(spread_data):
         observed, rewards = env.step(torch.from_numpy(arrays["actions"][:64, step].astype(np.int64)))
         np.testing.assert_allclose(observed, arrays["observations"][:64, step + 1], atol=1e-4)
         np.testing.assert_allclose(rewards, arrays["true_rewards"][:64, step], atol=1e-4)
-
-
-def test_share_of_random_actions(spread_data, tmp_path):
-    """Experts repeat the greedy action of their network in 1 - epsilon * 4 / 5 of all cases, trivial agents in 1 / 5."""
-    arrays, _ = load(spread_data)
-    path = collect_data.Path(collect_data.__file__).parent / "policies" / "spread" / "expert.pt"
-    checkpoint = collect_data.load_checkpoint(path, ("vdn",))
-    expert = collect_data.build_network(collect_data.AgentNetwork, path, checkpoint, "cpu")
-    outputs, _ = expert(torch.from_numpy(arrays["observations"][:, :-1]))
-    agrees = (outputs.argmax(dim=-1).numpy() == arrays["actions"]).mean(axis=(1, 2))
-    assert agrees[arrays["behavior"] == collect_data.EXPERT].mean() == pytest.approx(1 - 0.05 * 0.8, abs=0.005)
-    assert agrees[arrays["behavior"] == collect_data.TRIVIAL].mean() == pytest.approx(0.2, abs=0.01)
-    unilateral = arrays["behavior"] == collect_data.UNILATERAL
-    agrees = (outputs.argmax(dim=-1).numpy() == arrays["actions"])[unilateral].mean(axis=1)  # (n, A)
-    deviates = np.arange(3) == arrays["deviator"][unilateral][:, None]
-    assert agrees[~deviates].mean() == pytest.approx(0.96, abs=0.01)
-    assert agrees[deviates].mean() < 0.8
 
 
 def test_pairs_are_of_different_trajectories_of_one_block():
@@ -105,128 +156,77 @@ def test_pairs_are_of_different_trajectories_of_one_block():
         assert counts.min() >= 1 and counts.var() == pytest.approx(10, rel=0.2)
 
 
-def test_labels_follow_the_bradley_terry_probability():
-    generator = torch.Generator().manual_seed(0)
-    returns = torch.tensor([[0.0, 5.0], [1.0, 5.5], [2.0, 4.5]])
-    pairs = torch.tensor([[0, 1], [2, 0], [1, 2]]).repeat(20_000, 1)
-    labels, mean, std = draw_labels(returns, pairs, 1.5, generator)
-    torch.testing.assert_close(mean, torch.tensor([1.0, 5.0]))
-    torch.testing.assert_close(std, torch.tensor([(2 / 3) ** 0.5, (1 / 6) ** 0.5]))
-    share = (labels.view(-1, 3, 2) == 1).float().mean(dim=0)  # (pair, agent)
-    gap = 1.5 * 1.5**0.5  # agent 0: neighbours differ by sqrt(3 / 2) standard deviations
-    expected = torch.sigmoid(torch.tensor([[-gap, -gap], [2 * gap, -gap], [-gap, 2 * gap]]))
-    torch.testing.assert_close(share, expected, atol=0.012, rtol=0)
-    assert labels.dtype == torch.int8 and set(labels.unique().tolist()) == {-1, 1}
+def test_labels_follow_the_bradley_terry_probability(spread_data):
+    """Their counts are sums of independent Bernoulli draws: in ten bins of the probability, for every agent,
+    within four standard errors."""
+    arrays, meta = load(spread_data)
+    standardized = (arrays["true_rewards"].sum(axis=1) - meta["return_mean"]) / meta["return_std"]
+    first, second = arrays["pairs"].T
+    probability = 1 / (1 + np.exp(-5 * (standardized[first] - standardized[second])))  # (M, A)
+    prefers_first = arrays["labels"] == 1
+    assert (arrays["labels"][~prefers_first] == -1).all()
+    for low in np.linspace(0, 0.9, 10):
+        chosen = (low <= probability) & (probability < low + 0.1)
+        error = np.sqrt((probability * (1 - probability) * chosen).sum(axis=0))
+        assert (np.abs(((prefers_first - probability) * chosen).sum(axis=0)) < 4 * error).all()
+        assert (chosen.sum(axis=0) > 200).all()
 
 
-def test_same_command_same_arrays(tmp_path):
+def test_seeds_and_a_finished_dataset(tmp_path, capsys, monkeypatch):
     paths = [tmp_path / name / "dataset.npz" for name in ("a", "b", "other-seed")]
     for path, seed in zip(paths, (3, 3, 4), strict=True):
         collect_data.main(Args(num_trajectories=512, seed=seed, data_path=str(path), device="cpu"))
     (a, meta_a), (b, meta_b), (c, _) = map(load, paths)
     assert meta_a == meta_b
-    assert all(np.array_equal(a[key], b[key]) for key in a)
-    assert not np.array_equal(a["observations"], c["observations"]) and not np.array_equal(a["labels"], c["labels"])
+    assert all(a[key].tobytes() == b[key].tobytes() for key in a)
+    assert all((a[key] != c[key]).any() for key in ("observations", "actions", "pairs", "labels"))
+
+    # The same command again keeps it and plays nothing; another one does not write over it.
+    monkeypatch.setattr(collect_data, "play_mixture", None)
+    before = {path.name: path.read_bytes() for path in paths[0].parent.iterdir()}
+    assert before.keys() == {"dataset.npz", "dataset.json"}
+    again = Args(num_trajectories=512, seed=3, data_path=str(paths[0]), device="cpu")
+    collect_data.main(again)
+    assert "dataset.npz: already there, with these settings" in capsys.readouterr().out
+    again.epsilon, again.dataset = 0.1, "no-expert"
+    with pytest.raises(collect_data.UserError) as error:
+        collect_data.main(again)
+    assert "--dataset 'diversified' there, 'no-expert' here; --epsilon 0.05 there, 0.1 here" in str(
+        error.value
+    )
+    again.epsilon, again.dataset = 0.05, "diversified"
+    shutil.copytree(ROOT / "policies/spread", tmp_path / "policies")
+    shutil.copy(tmp_path / "policies/rookie.pt", tmp_path / "policies/novice.pt")
+    again.policies_path = str(tmp_path / "policies")
+    with pytest.raises(collect_data.UserError, match=r"dataset.npz: .*another novice"):
+        collect_data.main(again)
+    assert {path.name: path.read_bytes() for path in paths[0].parent.iterdir()} == before
 
 
-def test_same_command_same_policies(tmp_path):
-    """Online VDN twice, and a folder that lacks one of the policies is left alone."""
-    weights = []
-    for name in ("a", "b"):
-        args = Args(policies_path=str(tmp_path / name), num_trajectories=256, data_path=str(tmp_path / name / "dataset.npz"))
-        args.num_updates, args.num_envs, args.hidden_dim, args.num_layers, args.device = 8, 16, 16, 2, "cpu"
-        collect_data.main(args)
-        checkpoints = [torch.load(tmp_path / name / "spread" / f"{p}.pt", weights_only=True) for p in POLICIES]
-        weights.append([checkpoint["state_dict"] for checkpoint in checkpoints])
-    for a, b in zip(*weights, strict=True):
-        assert all(torch.equal(a[key], b[key]) for key in a)
-    rookie = tmp_path / "b" / "spread" / "rookie.pt"
-    rookie.unlink()
-    with pytest.raises(collect_data.UserError, match=r"rookie.pt: no such file; --train-policies"):
-        collect_data.main(args)
-    args.policies_path = str(tmp_path / "a")
-    args.data_path = str(spread_with_other_policies(tmp_path))
-    with pytest.raises(collect_data.UserError, match=r"dataset.npz: made with other policies"):
-        collect_data.main(args)
+MISTAKES = [
+    (
+        {"env": "spread-2x2"},
+        "2x2/expert.pt: no such file; `python benchmark/train_spread_experts.py --env spread-2x2`",
+    ),
+    ({"num_trajectories": 100}, "--num-trajectories 100: must be a multiple of 256"),
+    ({"num_trajectories": 0}, "--num-trajectories 0: must be from 1"),
+    ({"pairs_per_trajectory": 0}, "--pairs-per-trajectory 0: must be from 1"),
+    ({"epsilon": 1.5}, "--epsilon 1.5: must be from 0 to 1"),
+    ({"steepness": float("nan")}, "--steepness nan: must be from 0"),
+    ({"seed": -1}, "--seed -1: must be from 0"),
+    ({"device": "tpu"}, "--device tpu: cannot be used"),
+    ({"data_path": "file/dataset.npz"}, r"file/dataset.\w+: cannot be written"),
+    ({"data_path": "folder.npz"}, "folder.npz: no dataset of this script"),
+]
 
 
-def spread_with_other_policies(tmp_path):
-    path = tmp_path / "other" / "dataset.npz"
-    collect_data.main(Args(num_trajectories=256, data_path=str(path), device="cpu"))
-    return path
-
-
-@pytest.mark.parametrize("network", ["mlp", "gru"])
-def test_online_vdn_learns(network, tmp_path):
-    """320 updates lift the greedy policy well above the untrained one; a dataset can be collected from both checkpoints."""
-    args = Args(policies_path=str(tmp_path), num_trajectories=256, data_path=str(tmp_path / "dataset.npz"), device="cpu")
-    args = dataclasses.replace(args, network=network, num_updates=320, exploration_updates=200, learning_rate=3e-3)
-    args = dataclasses.replace(args, hidden_dim=64, num_layers=2, num_envs=32, batch_size=32)
-    collect_data.main(args)
-    metrics = {n: torch.load(tmp_path / "spread" / f"{n}.pt", weights_only=True)["metrics"] for n in POLICIES}
-    first, last = metrics["expert"]["history"][0][1], metrics["expert"]["charts/test_return"]
-    assert last > first + 5 and last > -28
-    returns = np.array([value for _, value in metrics["expert"]["history"]])
-    low = mean_return(make_game("spread"), None, collect_data.TEST_EPISODES, args.seed + 10**6, "cpu")
-    for name, share in EARLY_CHECKPOINTS.items():
-        nearest = np.abs(returns - (low + share * (last - low))).argmin()
-        assert metrics[name]["updates"] == metrics["expert"]["history"][nearest][0] < args.num_updates
-        assert not same_weights(*(tmp_path / "spread" / f"{policy}.pt" for policy in (name, "expert")))
-
-
-def test_interrupted_policy_training_goes_on(tmp_path, monkeypatch):
-    """Stopped in mid-run and started again, it ends with the weights of the run that was not stopped."""
-    small = dict(env="reference", num_trajectories=256, num_updates=80, num_envs=16, hidden_dim=16, num_layers=2, device="cpu")
-    small |= dict(checkpoint_every=4)
-    args = [Args(policies_path=str(tmp_path / n), data_path=str(tmp_path / n / "dataset.npz"), **small) for n in "ab"]
-    collect_data.main(args[0])
-    save_content = collect_data.save_content
-
-    def save_and_die(path, **content):
-        save_content(path, **content)
-        if content["kind"] == "training" and content["metrics"]["online VDN"][0] >= 40:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(collect_data, "save_content", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        collect_data.main(args[1])
-    assert [path.name for path in (tmp_path / "b/reference").iterdir()] == ["expert.training.pt"]
-    monkeypatch.setattr(collect_data, "save_content", save_content)
-    args[1].hidden_dim, args[1].resume = 8, True
-    with pytest.raises(collect_data.UserError, match=r"training.pt: .*--hidden-dim is 16 there and 8 here.*leave out --resume"):
-        collect_data.main(args[1])
-    args[1].hidden_dim, args[1].dataset = 16, "mix-expert"  # what no policy depends on may change
-    collect_data.main(args[1])
-    for name in POLICIES:
-        assert same_weights(*(tmp_path / folder / "reference" / f"{name}.pt" for folder in "ab"))
-    assert not (tmp_path / "b/reference/expert.training.pt").exists()
-
-
-def test_speech_is_explored_by_holding_words():
-    """Words change every tenth step, to the language's or (30 %) a random one; moves, and agents that do not hold, stay."""
-    generator = torch.Generator().manual_seed(0)
-
-    def act(observations, step):
-        return torch.full((4000, 2), 5 * 7 + 2)  # word 7, move 2
-
-    def language(observations):
-        return torch.full((4000, 2), 3)
-
-    explorer = collect_data.explore_speech(act, language, 10, 1.0, 1.0, generator)
-    actions = torch.stack([explorer(None, step) for step in range(25)], dim=1)
-    assert (actions % 5 == 2).all()
-    words = actions // 5
-    assert (words == 3).float().mean() == pytest.approx(0.7 + 0.03, abs=0.02)
-    assert (words[:, 1:] != words[:, :-1]).float().mean() == pytest.approx(0.1 * (1 - 0.73**2 - 9 * 0.03**2), abs=0.005)
-    explorer = collect_data.explore_speech(act, language, 10, 1.0, 0.0, generator)
-    assert (explorer(None, 0) == 5 * 7 + 2).all()
-
-
-def test_random_language_depends_on_the_goal():
-    game, generator = make_game("reference"), torch.Generator().manual_seed(0)
-    env = collect_data.ParticleEnv(game, 20_000)
-    words = collect_data.random_language(game, 1, "cpu")(env.reset(generator))
-    joint = torch.zeros(3, 10).index_put_((env.goals[0], words[:, 0]), torch.tensor(1 / 20_000), accumulate=True)
-    independent = joint.sum(dim=0) * joint.sum(dim=1, keepdim=True)
-    information = (joint * (joint / independent).clamp(min=1e-9).log2()).sum()
-    assert 0.1 < information < 1.58  # bits; a word that told the goal would have log2(3)
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_mistakes(flags, message, tmp_path, monkeypatch):
+    """Told before anything is played."""
+    monkeypatch.setattr(collect_data, "play_mixture", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(collect_data.UserError, match=message):
+        collect_data.main(Args(**{"device": "cpu"} | flags))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.npz"]

@@ -1,13 +1,17 @@
-"""Scripts as a user runs them: alone in a folder, one after another, with presets and tracking."""
+"""What a user types and finds: one command for all stages, presets, finished outputs, scripts copied alone,
+mistakes in one line, wandb."""
 
-import ast
+import json
+import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,254 +19,279 @@ import torch
 from conftest import ROOT, made_up_arrays
 
 import collect_data
+import evaluate
 import train_bc
 import train_reward
 import vdn_rlhf
 
-SCRIPTS = ("collect_data", "train_reward", "train_bc", "vdn_rlhf", "evaluate")
-TINY = "--hidden-dim 16 --num-layers 2 --device cpu"
+TRAINERS = [train_reward, train_bc, vdn_rlhf]
+FEWER = {  # for stages that vdn_rlhf.py starts
+    collect_data: {"num_trajectories": 512},
+    train_reward: {"max_epochs": 1, "hidden_dim": 8},
+    train_bc: {"num_updates": 20, "hidden_dim": 8},
+}
 
 
-def run(folder: Path, script: str, flags: str, **environment) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"{script}.py", *flags.split()]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+def run(module, *words, main=None) -> None:
+    """A script's command line in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
+        module.run_command_line(main or module.main, module.Args, getattr(module, "PRESETS", {}))
 
 
-def alone(folder: Path, script: str) -> Path:
-    """An empty folder with a copy of one script."""
-    (folder / script).mkdir()
-    shutil.copy(ROOT / f"{script}.py", folder / script)
-    return folder / script
+def parse(module, *words):
+    """The Args of a script's command line."""
+    parsed = []
+    run(module, *words, main=parsed.append)
+    return parsed[0]
 
 
-def test_each_script_runs_alone_in_an_empty_folder(tmp_path):
-    policies = ROOT / "policies"
-    done = run(
-        alone(tmp_path, "collect_data"), "collect_data", f"--policies-path {policies} --num-trajectories 1280 --device cpu"
-    )
-    assert done.returncode == 0, done.stderr
-    data = tmp_path / "collect_data/runs/spread/diversified/dataset.npz"
-    reward, bc, vdn, report = (tmp_path / name for name in ("reward.pt", "bc.pt", "vdn.pt", "report.json"))
-    models, few = f"--reward-path {reward} --bc-path {bc} --vdn-path {vdn}", "--num-updates 40 --imitation-updates 20"
-    flags = {
-        "train_reward": f"--data-path {data} --reward-path {reward} --max-epochs 20 --learning-rate 1e-2 {TINY}",
-        "train_bc": f"--data-path {data} --bc-path {bc} --max-epochs 2 {TINY}",
-        "vdn_rlhf": f"--data-path {data} {models} {few} {TINY}",
-        "evaluate": f"--policy-path {vdn} --num-episodes 64 --json-path {report} --device cpu",
-    }
-    for script, words in flags.items():
-        done = run(alone(tmp_path, script), script, words)
-        assert done.returncode == 0, done.stderr
-    assert all(path.exists() for path in (reward, bc, vdn, report))
-    # A game that no script knows, again alone.
-    made_up = tmp_path / "made-up.npz"
-    np.savez(made_up, **made_up_arrays(num_trajectories=400, num_pairs=8000))
-    reward, bc, vdn = (tmp_path / f"made-up-{name}.pt" for name in ("reward", "bc", "vdn"))
-    common = f"--env made-up --data-path {made_up} {TINY}"
-    flags = {
-        "train_reward": f"{common} --reward-path {reward} --max-epochs 10 --learning-rate 1e-2",
-        "train_bc": f"{common} --bc-path {bc} --max-epochs 1",
-        "vdn_rlhf": f"{common} --reward-path {reward} --bc-path {bc} --vdn-path {vdn} --num-updates 10 --imitation-updates 10",
-    }
-    for script, words in flags.items():
-        done = run(tmp_path / script, script, words)
-        assert done.returncode == 0, done.stderr
-        assert script == "train_reward" or "evaluation skipped" in done.stdout
-    # Alone, without --reward-path: one line, no attempt to run what is not there.
-    done = run(tmp_path / "vdn_rlhf", "vdn_rlhf", f"--data-path {data} --seed 7")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "reward-alpha1-seed7.pt: no such file" in done.stderr and "not beside this script" in done.stderr
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """A new working directory. What vdn_rlhf.py starts there is noted, as (module, Args), and runs in this
+    process, smaller; everybody plays fewer episodes."""
+    started = []
 
+    class Process:
+        def __init__(self, words, **_):
+            assert words[0] == sys.executable and Path(words[1]).resolve().parent == ROOT
+            module = sys.modules[Path(words[1]).stem]
+            started.append((module, parse(module, *words[2:])))
+            module.main(replace(started[-1][1], **FEWER[module]))
 
-def test_what_is_missing_is_made_and_reused(tmp_path, monkeypatch, capfd):
-    folder = tmp_path / "runs/spread/diversified"
+        def wait(self):
+            return 0
+
     monkeypatch.chdir(tmp_path)
-    collect_data.main(collect_data.Args(num_trajectories=768, device="cpu"))
-    vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=20, imitation_updates=10, hidden_dim=16, device="cpu"))
-    printed = capfd.readouterr().out
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    play = evaluate.play
+    monkeypatch.setattr(evaluate, "play", lambda *words: play(*words[:4], min(words[4], 128), *words[5:]))
+    return started
+
+
+VDN = {"device": "cpu", "hidden_dim": 8, "num_updates": 20}
+
+
+def test_one_command_makes_what_is_missing_and_keeps_what_is_there(started, capsys, tmp_path):
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, **VDN))
+    common = {"seed": 0, "device": "cpu"}
+    assert started == [
+        (collect_data, collect_data.Args(device="cpu")),
+        (train_reward, train_reward.Args(**common)),
+        (train_bc, train_bc.Args(**common)),
+    ]
+    folder, printed = tmp_path / "runs/spread/diversified", capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("$ python ")]
-    assert len(commands) == 2  # the dataset is there
-    assert "train_reward.py --env spread --dataset diversified --seed 0 --alpha 1.0" in commands[0]
-    assert "train_bc.py --env spread --dataset diversified --seed 0" in commands[1]
-    names = ["bc-seed0", "dataset", "reward-alpha1-seed0", "vdn-beta1-alpha1-seed0", "vdn-beta1-alpha1-seed0-best"]
-    assert sorted(path.stem for path in folder.iterdir()) == names
+    for line, (module, args) in zip(commands, started, strict=True):
+        _, _, script, *words = shlex.split(line)
+        assert Path(script).resolve() == ROOT / f"{module.__name__}.py" and parse(module, *words) == args
+    names = {"dataset", "reward-alpha1-seed0", "bc-seed0", "vdn-beta1-alpha1-seed0"}
+    assert {path.stem for path in folder.iterdir()} == names and len(list(folder.iterdir())) == 8
+    rows = [Path(name).stem for name in re.findall(r"^\| (\S+) +\| +-[\d.]+ ±", printed, re.MULTILINE)]
+    assert rows == ["random", "novice", "rookie", "expert", "pi_ref", "VDN-RLHF"]
 
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    vdn_rlhf.main(vdn_rlhf.Args(seed=0, beta=2.0, num_updates=20, imitation_updates=10, hidden_dim=16, device="cpu"))
-    assert "$ python" not in capfd.readouterr().out
-    assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
-    assert (folder / "vdn-beta2-alpha1-seed0.pt").exists()
+    # The closing table's numbers are in the JSON, and evaluate.py finds them again: the same start states.
+    path = folder / "vdn-beta1-alpha1-seed0.pt"
+    report = json.loads(path.with_suffix(".json").read_text())
+    metrics = report["metrics"]
+    policies = (str(folder / "bc-seed0.pt"), str(path))
+    again = evaluate.main(evaluate.Args(policies=policies, seed=10**6, num_episodes=128, device="cpu"))
+    for policy, name in zip(again.values(), ("reference_return", "test_return"), strict=True):
+        assert metrics[f"charts/{name}"] == policy["charts/test_return"]
+    assert metrics["charts/score"] == pytest.approx(100 * (metrics["charts/test_return"] + 26.46) / 16.43)
+    assert -math.log(5) - 2 < metrics["charts/log_pi_ref"] < 0 and len(metrics["history"]["update"]) == 20
+    assert report.keys() == {"command", "args", "metrics", "version", "packages", "machine", "seconds"}
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint.keys() == {"format", "kind", "args", "meta", "state_dict", "stats", "metrics"}
+    assert checkpoint["args"] == report["args"] == vars(vdn_rlhf.Args(seed=0, **VDN))
 
-    with pytest.raises(vdn_rlhf.UserError, match=r"--num-updates is 20 there and 21 here.*--run-name"):
-        vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=21, imitation_updates=10, hidden_dim=16, device="cpu"))
-    vdn_rlhf.main(vdn_rlhf.Args(seed=0, num_updates=21, imitation_updates=10, hidden_dim=16, run_name="longer", device="cpu"))
-    assert (folder / "vdn-longer-beta1-alpha1-seed0.pt").exists()
-    (folder / "reward-alpha1-seed0.pt").rename(folder / "reward-alpha2-seed0.pt")
-    with pytest.raises(vdn_rlhf.UserError, match=r"reward-alpha2-seed0.pt: .*--alpha is 1.0 there and 2.0 here"):
-        vdn_rlhf.main(vdn_rlhf.Args(seed=0, alpha=2.0, num_updates=20, imitation_updates=10, hidden_dim=16, device="cpu"))
-
-    # A reward model named by the user: its alpha must be the command's, and another one may not take over the first one's file.
-    named = dict(seed=0, alpha=2.0, num_updates=20, imitation_updates=10, hidden_dim=16, device="cpu")
-    with pytest.raises(vdn_rlhf.UserError, match=r"--alpha is 1.0 there and 2.0 here"):
-        vdn_rlhf.main(vdn_rlhf.Args(reward_path=str(folder / "reward-alpha2-seed0.pt"), **named))
-    other = folder / "other.pt"
-    train_reward.main(train_reward.Args(reward_path=str(other), max_epochs=1, hidden_dim=8, device="cpu"))
-    with pytest.raises(vdn_rlhf.UserError, match=r"vdn-beta1-alpha1-seed0.pt: made from another reward"):
-        vdn_rlhf.main(vdn_rlhf.Args(reward_path=str(other), **named | dict(alpha=1.0)))
-
-
-def stubs(folder: Path, spread_data: Path, **lines: str) -> None:
-    """vdn_rlhf.py beside a dataset and siblings that train nothing."""
-    shutil.copy(ROOT / "vdn_rlhf.py", folder)
-    (folder / "runs/spread/diversified").mkdir(parents=True, exist_ok=True)
-    shutil.copy(spread_data, folder / "runs/spread/diversified")
-    for name, code in lines.items():
-        pid = f"open('{name}.tmp', 'w').write(str(os.getpid()))\nos.rename('{name}.tmp', '{name}.pid')\n"
-        setup, _, code = code.rpartition("# then\n")
-        (folder / f"{name}.py").write_text(f"import os, signal, sys, time\n{setup}{pid}{code}\n")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, beta=2.0, **VDN))
+    vdn_rlhf.main(vdn_rlhf.Args(seed=0, **VDN))
+    assert f"{path.relative_to(tmp_path)}: already there, with these settings" in capsys.readouterr().out
+    assert len(started) == 3 and (folder / "vdn-beta2-alpha1-seed0.pt").exists()
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def alive(pid_file: Path) -> bool:
-    try:
-        os.kill(int(pid_file.read_text()), 0)
-    except ProcessLookupError:
-        return False
-    return True
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_every_flag_that_a_sibling_needs_reaches_it(preset, started):
+    """Also paths that begin with a dash. --keep asks the reward model of this alpha."""
+    data_path = "-x y/dataset.npz"
+    collect_data.main(collect_data.Args(data_path=data_path, num_trajectories=512, device="cpu"))
+    flags = {"preset": preset, "seed": 3, "resume": True, "device": "cpu", "data_path": data_path}
+    by_preset = [module.PRESETS[preset].get("all", {}) for module in TRAINERS]
+    few = {"hidden_dim": 8, "num_updates": 5, "alpha": 10.0, "keep": 0.5}
+    vdn_rlhf.main(vdn_rlhf.Args(**by_preset[2] | flags | few))
+    mark = "paper-" if preset == "paper" else ""
+    reward_path = f"-x y/reward-{mark}alpha10-seed3.pt"
+    assert started == [
+        (train_reward, train_reward.Args(alpha=10.0, **flags | by_preset[0])),
+        (train_bc, train_bc.Args(keep=0.5, reward_path=reward_path, **flags | by_preset[1])),
+    ]
+    names = {f"{mark}alpha10", f"{mark}keep0.5", f"{mark}keep0.5-beta1-alpha10"}
+    made = {re.sub("^[a-z]+-(.*)-seed3$", r"\1", path.stem) for path in Path("-x y").glob("*.pt")}
+    assert made == names and Path(reward_path).exists()
+
+
+def test_a_sibling_that_fails_stops_the_command_with_its_status(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: 7))
+    with pytest.raises(SystemExit) as exit:
+        vdn_rlhf.main(vdn_rlhf.Args(device="cpu"))
+    assert exit.value.code == 7
+
+
+@pytest.mark.parametrize("module", TRAINERS)
+def test_presets_and_flags_by_hand(module):
+    default, paper = parse(module), parse(module, "--preset", "paper")
+    assert default == module.Args()
+    assert paper == replace(default, preset="paper", **module.PRESETS["paper"]["all"]) != default
+    by_hand = parse(module, "--learning-rate", "0.5", "--preset=paper", "--run-name", "mine")
+    assert by_hand == replace(paper, learning_rate=0.5, run_name="mine")
 
 
 @pytest.mark.parametrize(
-    ("death", "status", "message"),
-    [("sys.exit(7)", 7, ""), ("os.kill(os.getpid(), signal.SIGKILL)", 2, "error: train_bc.py: killed by signal 9\n")],
+    ("module", "words", "values"),
+    [
+        (vdn_rlhf, "--env spread", {"beta": 1.0}),
+        (vdn_rlhf, "--env tag", {"beta": 3.0}),
+        (vdn_rlhf, "--env=tag --beta 7", {"beta": 7.0}),
+        (vdn_rlhf, "--preset paper --env tag", {"beta": 3.0, "network": "gru", "num_updates": 50_000}),
+        (train_reward, "--preset paper --env tag", {"network": "gru", "hidden_dim": 64, "input": "own"}),
+        (train_reward, "--preset paper --env reference", {"network": "mlp", "hidden_dim": 64}),
+    ],
 )
-def test_a_model_that_fails_stops_the_other(death, status, message, spread_data, tmp_path):
-    failing = f"while not os.path.exists('train_reward.pid'): time.sleep(0.05)\n{death}"
-    stubs(tmp_path, spread_data, train_reward="time.sleep(600)", train_bc=failing)
-    done = run(tmp_path, "vdn_rlhf", "--device cpu")
-    assert done.returncode == status and done.stderr == message
-    assert not alive(tmp_path / "train_reward.pid")
+def test_games_have_their_own_defaults(module, words, values):
+    args = parse(module, *words.split())
+    assert {name: getattr(args, name) for name in values} == values
 
 
-def test_a_terminated_pipeline_takes_its_children_along(spread_data, tmp_path):
-    """They have the time to save what they have; that they may be resumed, too, is passed on to them."""
-    code = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), save('{0}.saved')))\n# then\ntime.sleep(600)"
-    code = "def save(name):\n    open(name, 'w').write(' '.join(sys.argv))\n    sys.exit(143)\n" + code
-    stubs(tmp_path, spread_data, **{name: code.format(name) for name in ("train_reward", "train_bc")})
-    words = [sys.executable, "vdn_rlhf.py", "--device", "cpu", "--resume", "--checkpoint-every", "7"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL)
-    paths, deadline = [tmp_path / f"{name}.pid" for name in ("train_reward", "train_bc")], time.time() + 60
-    while not all(path.exists() for path in paths) and time.time() < deadline:
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(timeout=30) == 143
-    assert not any(alive(path) for path in paths)
-    for path in paths:
-        assert "--resume --checkpoint-every 7" in path.with_suffix(".saved").read_text()
+@pytest.mark.parametrize("module", TRAINERS)
+def test_finished_output_is_kept_and_other_settings_are_refused(module, made_up_data, capsys):
+    common = {"env": "made-up", "data_path": str(made_up_data), "device": "cpu", "hidden_dim": 8}
+    few = [{"max_epochs": 1}, {"num_updates": 5}, {"num_updates": 5}]
+    for trainer, flags in zip(TRAINERS, few, strict=True):
+        trainer.main(trainer.Args(**common | flags))
+    files = {path: path.stat().st_mtime_ns for path in made_up_data.parent.iterdir()}
+    capsys.readouterr()
+    flags = common | few[TRAINERS.index(module)]
+    neutral = {"num_threads": 2, "checkpoint_every": 3, "resume": True, "deterministic": True}
+    module.main(module.Args(**flags | neutral))
+    torch.use_deterministic_algorithms(False)
+    assert re.fullmatch(r"\S+\.pt: already there, with these settings\n", capsys.readouterr().out)
+    with pytest.raises(module.UserError) as error:
+        module.main(module.Args(**flags | {"hidden_dim": 9, "learning_rate": 0.5}))
+    problem = "--hidden-dim 8 there, 9 here" in str(error.value) and "--learning-rate" in str(error.value)
+    assert problem and "\n" not in str(error.value)
+    assert {path: path.stat().st_mtime_ns for path in made_up_data.parent.iterdir()} == files
+    module.main(module.Args(**flags | {"hidden_dim": 9, "run_name": "wider"}))
+    assert len(list(made_up_data.parent.glob("*-wider-*.pt"))) == 1
 
 
-def test_models_of_another_dataset_are_not_reused(spread_data, tmp_path):
-    path = tmp_path / "bc-seed1.pt"
-    shutil.copy(spread_data, tmp_path / "dataset.npz")
-    args = dict(data_path=str(tmp_path / "dataset.npz"), max_epochs=1, hidden_dim=8, device="cpu")
-    train_bc.main(train_bc.Args(**args))
-    train_bc.main(train_bc.Args(**args))  # the same command may run again
-    content = path.read_bytes()
-    other = tmp_path / "dataset.npz"
-    other.unlink()
-    collect_data.main(collect_data.Args(num_trajectories=512, seed=5, data_path=str(other), device="cpu"))
-    with pytest.raises(train_bc.UserError, match=r"bc-seed1.pt: made from another dataset"):
-        train_bc.main(train_bc.Args(**args))
-    assert path.read_bytes() == content
-    with pytest.raises(collect_data.UserError, match=r"--num-trajectories is 512 there and 256 here"):
-        collect_data.main(collect_data.Args(num_trajectories=256, seed=5, data_path=str(other), device="cpu"))
+def test_every_trainer_works_alone_in_an_empty_folder(tmp_path):
+    """On files given by path, also of a game that nobody knows, and beside another package that is called
+    evaluate; wandb is not touched."""
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "evaluate.py").write_text("def load(*_): return 'some metric'")
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}{os.pathsep}{foreign}"}
+    np.savez(tmp_path / "d.npz", **made_up_arrays())
+    flags = "--env made-up --device cpu --hidden-dim 8 --data-path ../d.npz"
+    stages = {
+        "train_reward": "--max-epochs 1 --reward-path ../r.pt",
+        "train_bc": "--num-updates 5 --bc-path ../b.pt",
+        "vdn_rlhf": "--num-updates 5 --reward-path ../r.pt --bc-path ../b.pt --vdn-path v.pt",
+    }
+    for script, more in stages.items():
+        folder = tmp_path / script
+        folder.mkdir()
+        shutil.copy(ROOT / f"{script}.py", folder)
+        (folder / "wandb.py").write_text("raise RuntimeError('imported')")
+        command = [sys.executable, f"{script}.py", *flags.split(), *more.split()]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        skipped = [line for line in done.stdout.splitlines() if re.match("test returns? skipped: ", line)]
+        assert len(skipped) == (script != "train_reward")
+    assert {path.name for path in folder.iterdir()} == {"vdn_rlhf.py", "wandb.py", "v.pt", "v.json"}
+    done = subprocess.run(command[:2], cwd=folder, env=environment, capture_output=True, text=True)
+    problem = "runs/spread/diversified/dataset.npz: no such file; collect_data.py makes it"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {problem}\n")
 
 
-@pytest.mark.parametrize("module", [train_reward, train_bc, vdn_rlhf])
-def test_preset_paper_and_flags_by_hand(module, monkeypatch):
-    parsed = []
-    for words in ([], ["--preset", "paper"], ["--learning-rate", "0.5", "--preset=paper", "--run-name", "mine"]):
-        monkeypatch.setattr(sys, "argv", ["script.py", *words])
-        module.run_command_line(parsed.append, module.Args, module.PRESETS)
-    default, paper, by_hand = map(vars, parsed)
-    assert default == vars(module.Args())
-    assert paper == default | module.PRESETS["paper"]["all"] | {"preset": "paper"} != default
-    assert by_hand == paper | {"learning_rate": 0.5, "run_name": "mine"}
+MISTAKES = [
+    *[(vdn_rlhf, words) for words in ("--num-updates 0", "--gamma nan", "--gamma 1.5", "--td-lambda -0.1")],
+    *[(vdn_rlhf, words) for words in ("--beta -1", "--alpha inf", "--learning-rate nan", "--batch-size -3")],
+    *[(train_bc, words) for words in ("--seed -1", "--seed 9999999999", "--keep 2", "--num-threads 0")],
+    *[(train_bc, words) for words in ("--device tpu", "--device cuda:99", "--hidden-dim 0")],
+    *[(train_reward, words) for words in ("--max-epochs 0", "--env simple_spread_v3", "--data-path nowhere")],
+    *[(vdn_rlhf, f"{words} nowhere") for words in ("--data-path", "--data-path d.npz --reward-path")],
+    *[(vdn_rlhf, words) for words in ("--data-path d.npz --bc-path nowhere", "--env simple_spread_v3")],
+]
 
 
-def test_every_game_has_its_defaults(monkeypatch, capsys):
-    """They show in --help, and a flag given by hand wins over them."""
-    parsed = []
-    for words in (["--env", "tag"], ["--env=tag", "--beta", "7"], ["--env", "tag", "--preset", "paper"], ["--env", "spread"]):
-        monkeypatch.setattr(sys, "argv", ["script.py", *words])
-        vdn_rlhf.run_command_line(parsed.append, vdn_rlhf.Args, vdn_rlhf.PRESETS)
-    assert [args.beta for args in parsed] == [3.0, 7.0, 3.0, 1.0]
-    assert parsed[2].num_updates == 50_000
-    monkeypatch.setattr(sys, "argv", ["script.py", "--env", "tag", "--help"])
-    with pytest.raises(SystemExit):
-        vdn_rlhf.run_command_line(parsed.append, vdn_rlhf.Args, vdn_rlhf.PRESETS)
-    assert re.search(r"--beta FLOAT[^-]*default: 3\.0", capsys.readouterr().out)
+@pytest.mark.parametrize(("module", "words"), MISTAKES)
+def test_mistakes_are_one_line_and_status_2(module, words, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("d.npz", "reward-alpha1-seed1.pt"):
+        Path(name).touch()
+    with pytest.raises(SystemExit) as exit:
+        run(module, *words.split())
+    printed, (*_, flag, value) = capfd.readouterr().err, words.split()
+    assert exit.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert flag in printed or value in printed
+    assert sorted(os.listdir()) == ["d.npz", "reward-alpha1-seed1.pt"]
+    if flag == "--env":
+        assert all(game in printed for game in ("spread-5x4", "tag", "reference"))
 
 
-def test_mistakes_on_the_command_line_exit_2_with_one_line(monkeypatch, capsys):
-    cases = [(collect_data, words.split()) for words in ("--env sprad", "--dataset diverse", "--num-trajectories 100")]
-    cases += [(collect_data, words.split()) for words in ("--num-agents 0", "--num-landmarks -1")]
-    cases += [(train_bc, ["--preset", "papre"]), (vdn_rlhf, ["--network", "transformer"])]
-    for module, words in cases:
-        monkeypatch.setattr(sys, "argv", ["script.py", *words])
-        with pytest.raises(SystemExit) as exit:
-            module.run_command_line(module.main, module.Args, module.PRESETS)
-        printed = capsys.readouterr()
-        assert exit.value.code == 2
-        assert printed.err.count("\n") == 1 and " ".join(words) in printed.err
+@pytest.fixture
+def tracked(made_up_data, tmp_path) -> list[str]:
+    """The words of a short run of train_bc.py with --track."""
+    words = f"--env=made-up --data-path={made_up_data} --bc-path={tmp_path}/bc.pt --device=cpu --hidden-dim=8"
+    return [*words.split(), "--num-updates=20", "--checkpoint-every=5", "--track"]
 
 
-OUT_OF_RANGE = [("beta", -1.0), ("gamma", float("nan")), ("gamma", 1.5), ("num_updates", 0), ("batch_size", -3), ("seed", -1)]
-OUT_OF_RANGE += [("seed", 2**64), ("learning_rate", 0.0), ("max_grad_norm", float("inf"))]
+@pytest.mark.parametrize("broken", ["is missing", "does not start"])
+def test_tracking_without_a_usable_wandb_is_one_line(broken, tracked, tmp_path, monkeypatch, capsys):
+    def init(**_):
+        raise RuntimeError("no\nkey\x1b[2J" * 50)
+
+    monkeypatch.setitem(sys.modules, "wandb", None if broken == "is missing" else SimpleNamespace(init=init))
+    with pytest.raises(SystemExit) as exit:
+        run(train_bc, *tracked)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("bc: "))
+    assert exit.value.code == 2 and line.startswith("error: --track: wandb ") and len(line) < 150
+    assert line.isprintable() and os.listdir(tmp_path) == ["made-up"]
 
 
-@pytest.mark.parametrize("name, value", OUT_OF_RANGE)
-def test_numbers_out_of_range(name, value):
-    with pytest.raises(vdn_rlhf.UserError, match=f"--{name.replace('_', '-')} {value}"):
-        vdn_rlhf.main(vdn_rlhf.Args(**{name: value}))
+def test_a_resumed_run_continues_its_wandb_run(tracked, tmp_path, monkeypatch):
+    runs, real_save = [], train_bc.save_checkpoint
+
+    def init(id, **_):
+        runs.append((id, []))
+        return SimpleNamespace(log=lambda metrics, step: runs[-1][1].append((step, *metrics)))
+
+    def stop(path, kind, args, meta, *rest):
+        real_save(path, kind, args, meta, *rest)
+        if meta.get("update") == 10 and len(runs) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(train_bc, "save_checkpoint", stop)
+    with pytest.raises(SystemExit) as exit:
+        run(train_bc, *tracked)
+    assert exit.value.code == 130
+    run(train_bc, *tracked, "--resume")
+    run(train_bc, *tracked, f"--bc-path={tmp_path}/other.pt")
+    (first, before), (second, after), (other, _) = runs
+    assert first == second != other
+    assert before + after == [(step, "bc/nll", "bc/accuracy") for step in range(1, 21)]
 
 
-@pytest.mark.parametrize("name, value", [("device", "tpu"), ("device", "cuda:99"), ("device", "meta"), ("network", "lstm")])
-def test_unknown_device_or_network(name, value, spread_data, tmp_path):
-    with pytest.raises(train_bc.UserError, match=f"--{name} {value}"):
-        train_bc.main(train_bc.Args(data_path=str(spread_data), bc_path=str(tmp_path / "bc.pt"), **{name: value}))
-
-
-def test_tracking_is_off_by_default_and_works_offline(made_up_data, tmp_path):
-    flags = f"--env made-up --data-path {made_up_data} --max-epochs 1 {TINY}"
-    shutil.copy(ROOT / "train_bc.py", tmp_path)
-    (tmp_path / "wandb.py").write_text("raise RuntimeError('imported')")  # shadows the package
-    done = run(tmp_path, "train_bc", flags + f" --bc-path {tmp_path}/a.pt")
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "wandb.py").unlink()
-    done = run(tmp_path, "train_bc", flags + f" --bc-path {tmp_path}/b.pt --track", WANDB_MODE="offline", WANDB_SILENT="true")
+def test_wandb_offline(tracked, tmp_path):
+    command = [sys.executable, f"{ROOT}/train_bc.py", *tracked]
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"bc/nll" in log.read_bytes()
-    (tmp_path / "wandb.py").write_text("raise RuntimeError('broken')")
-    done = run(tmp_path, "train_bc", flags + f" --bc-path {tmp_path}/c.pt --track")
-    assert done.returncode == 2 and done.stderr == "error: --track: wandb does not start (RuntimeError: broken)\n"
-
-
-def test_same_flags_have_the_same_words_and_help_everywhere():
-    """A flag that two scripts share is described alike, and every flag has a description."""
-    described = {}
-    for script in SCRIPTS:
-        (args,) = (n for n in ast.parse((ROOT / f"{script}.py").read_text()).body if getattr(n, "name", "") == "Args")
-        for flag, text in zip(args.body[::2], args.body[1::2], strict=True):
-            assert isinstance(flag, ast.AnnAssign) and isinstance(text.value.value, str)
-            described.setdefault(flag.target.id, {})[script] = text.value.value
-    for flag in ("num_threads", "deterministic", "hidden_dim", "max_grad_norm", "preset", "num_seeds", "compile"):
-        assert len(set(described[flag].values())) == 1, described[flag]
-
-
-def test_checkpoints_hold_their_settings_and_metrics(spread_data, tmp_path):
-    path = tmp_path / "bc.pt"
-    args = train_bc.Args(data_path=str(spread_data), bc_path=str(path), max_epochs=1, hidden_dim=8, device="cpu")
-    train_bc.main(args)
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint.keys() == {"format", "kind", "args", "meta", "state_dict", "stats", "metrics"}
-    assert checkpoint["args"] == vars(args) and checkpoint["kind"] == "bc" and checkpoint["meta"]["env"] == "spread"

@@ -1,8 +1,12 @@
-"""The five stages on a GPU; skipped where there is none."""
+"""All stages on a GPU, skipped where there is none; and, anywhere, that no update waits for the device."""
 
+import inspect
+
+import numpy as np
 import pytest
 import torch
-from conftest import same_weights
+from conftest import made_up_arrays, same_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import collect_data
 import evaluate
@@ -10,62 +14,137 @@ import train_bc
 import train_reward
 import vdn_rlhf
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SMALL = dict(device="cuda", deterministic=True, hidden_dim=32)
+DEVICE = "cuda"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+STAGES = {  # what makes it, settings
+    "reward-alpha1-seed1.pt": (train_reward, {"max_epochs": 10}),
+    "bc-seed1.pt": (train_bc, {"num_updates": 40}),
+    "vdn-beta1-alpha1-seed1.pt": (vdn_rlhf, {"num_updates": 40}),
+}
 
 
 @pytest.fixture(autouse=True)
-def leave_determinism_as_it_was():
+def leave_the_process_as_it_was():
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_available():
+        torch.cuda.set_stream(torch.cuda.default_stream())
+
+
+def learn(folder, name: str, network="mlp", **flags) -> dict:
+    """One stage on the made-up game -> its checkpoint without timings."""
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / "dataset.npz", **made_up_arrays(200, 1000))
+    module, few = STAGES[name]
+    common = {"env": "made-up", "data_path": str(folder / "dataset.npz"), "device": DEVICE, "hidden_dim": 16}
+    if module is not train_bc:
+        common["network"] = network
+    module.main(module.Args(**common | few | flags))
+    checkpoint = torch.load(folder / name, weights_only=True)
+    checkpoint["metrics"].pop("speed/updates_per_second")
+    return checkpoint
+
+
+def assert_close(a: dict, b: dict) -> None:
+    """As far as rounding goes: learning with another rate, or of other minibatches, is much farther apart."""
+    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(a["metrics"], b["metrics"], rtol=1e-2, atol=1e-2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_captured_updates_equal_those_as_they_are(network, tmp_path, monkeypatch):
+    for name, (module, _) in STAGES.items():
+        captured = learn(tmp_path / "captured", name, network)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "capture", lambda update, _: update)
+            assert_close(learn(tmp_path / "plain", name, network), captured)
+
+
+@needs_cuda
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, monkeypatch):
+    """In particular the learning rate goes on to fall in the graph that is recorded anew."""
+    for name, (module, _) in STAGES.items():
+
+        def stop(path, kind, args, meta, *rest, save_checkpoint=module.save_checkpoint):
+            save_checkpoint(path, kind, args, meta, *rest)
+            if meta.get("update") == 10:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, "save_checkpoint", stop)
+            learn(tmp_path / "stopped", name, checkpoint_every=5)
+        resumed = learn(tmp_path / "stopped", name, checkpoint_every=5, resume=True)
+        assert_close(resumed, learn(tmp_path / "never stopped", name))
+
+
+@needs_cuda
+def test_deterministic_pipeline_twice_is_bit_equal_and_plays_as_mpe2_does(tmp_path):
+    reports = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        common = {"data_path": str(folder / "dataset.npz"), "device": DEVICE, "deterministic": True}
+        collect_data.main(collect_data.Args(num_trajectories=2560, **common))
+        for module, few in STAGES.values():
+            module.main(module.Args(hidden_dim=32, **common | few))
+        policies = (str(folder / "bc-seed1.pt"), str(folder / "vdn-beta1-alpha1-seed1.pt"))
+        for backend in ("torch", "mpe2"):
+            args = evaluate.Args(policies=policies, num_episodes=8, backend=backend, device=DEVICE)
+            reports.append([row["episode_returns"] for row in evaluate.main(args).values()])
+    assert all(same_weights(tmp_path / "a" / name, tmp_path / "b" / name) for name in STAGES)
+    assert reports[:2] == reports[2:]
+    np.testing.assert_allclose(reports[0], reports[1], rtol=0, atol=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("game", ["spread", "reference", "tag"])
+def test_physics_equal_the_cpu(game):
+    game = collect_data.tag(prey=None) if game == "tag" else collect_data.make_game(game)
+    generator = torch.Generator().manual_seed(0)
+    cpu, cuda = (collect_data.ParticleEnv(game, 256, device, torch.float64) for device in ("cpu", DEVICE))
+    cpu.reset(generator)
+    state = [x.permute(2, 0, 1) for x in (cpu.positions, cpu.velocities, cpu.landmarks)]
+    cuda.set_state(*state, cpu.goals.T if game.num_words else None)
+    for _ in range(game.horizon):
+        actions = torch.randint(game.num_actions, (256, len(game.body_sizes)), generator=generator)
+        for a, b in zip(cpu.step(actions), cuda.step(actions.to(DEVICE)), strict=True):
+            torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-9)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at what makes a GPU's host wait: numbers and shapes that depend on values, copies to the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        indices = [x for x in args[1] if x is not None] if name.startswith("index") and len(args) > 1 else []
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"), name
+        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in indices), (
+            "index by mask"
+        )
+        assert kwargs.get("device") is None or name != "_to_copy", "copy to another device"
+        return function(*args, **kwargs)
+
+
+def one_hot(x, num_classes):
+    """Without the check of the values, as torch.nn.functional.one_hot on CUDA."""
+    return torch.zeros(*x.shape, num_classes, dtype=torch.long).scatter_(-1, x[..., None], 1)
 
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
-def test_pipeline_twice_is_bit_equal(network, tmp_path):
-    for name in ("a", "b"):
-        data = str(tmp_path / name / "dataset.npz")
-        collect_data.main(collect_data.Args(num_trajectories=2560, data_path=data, device="cuda", deterministic=True))
-        train_reward.main(train_reward.Args(data_path=data, max_epochs=2, network=network, **SMALL))
-        train_bc.main(train_bc.Args(data_path=data, max_epochs=2, network=network, **SMALL))
-        vdn_rlhf.main(vdn_rlhf.Args(data_path=data, num_updates=50, imitation_updates=50, network=network, **SMALL))
-    for file in ("reward-alpha1-seed1.pt", "bc-seed1.pt", "vdn-beta1-alpha1-seed1.pt"):
-        assert same_weights(tmp_path / "a" / file, tmp_path / "b" / file)
-        a, b = (torch.load(tmp_path / name / file, weights_only=True)["metrics"] for name in "ab")
-        assert a.keys() == b.keys() and all(a[key] == b[key] for key in a if not key.startswith("speed/"))
-    policy = str(tmp_path / "a" / "vdn-beta1-alpha1-seed1.pt")
-    reports = [evaluate.main(evaluate.Args(policy, num_episodes=64, backend=b, device="cuda")) for b in ("torch", "mpe2")]
-    assert reports[0]["charts/test_return"] == pytest.approx(reports[1]["charts/test_return"], abs=1e-3)
+def test_no_update_waits_for_the_device(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
+    for name, (module, _) in STAGES.items():
+        signature, train, seen = inspect.signature(module.train), module.train, []
 
+        def watched(*words, signature=signature, train=train, seen=seen):
+            arguments = signature.bind(*words).arguments
+            for batch in arguments["batches"][:3]:
+                with NoWaiting():
+                    seen.append(arguments["update"](batch))
+                    arguments["parts"]["schedule"].step()
+            return train(*words)
 
-@pytest.mark.parametrize("game", [collect_data.spread(3, 3), collect_data.reference(), collect_data.tag(prey=None)])
-def test_physics_equal_the_cpu(game):
-    generator = torch.Generator().manual_seed(0)
-    cpu, cuda = (collect_data.ParticleEnv(game, 256, device, torch.float64) for device in ("cpu", "cuda"))
-    cpu.reset(generator)
-    cuda.set_state(*cpu.state())
-    for _ in range(game.horizon):
-        actions = torch.randint(game.num_actions, (256, len(game.body_sizes)), generator=generator)
-        (a, reward_a), (b, reward_b) = cpu.step(actions), cuda.step(actions.cuda())
-        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-9)
-        torch.testing.assert_close(reward_a, reward_b.cpu(), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("compile", [False, True])
-def test_captured_updates_equal_eager_ones(compile, spread_data, tmp_path, capsys):
-    """The whole of vdn_rlhf.py for two seeds, eager and not; in float32, so that only rounding differs."""
-    common = dict(data_path=str(spread_data), num_seeds=2, device="cuda", hidden_dim=32, bf16=False)
-    models = dict(max_epochs=1, compile=False, cudagraphs=False)
-    train_reward.main(train_reward.Args(**common, **models))
-    train_bc.main(train_bc.Args(**common, **models))
-    weights = {}
-    for fast in (False, True):
-        args = vdn_rlhf.Args(**common, num_updates=40, imitation_updates=40, compile=compile and fast, cudagraphs=fast)
-        vdn_rlhf.main(args)
-        paths = [spread_data.parent / f"vdn-beta1-alpha1-seed{seed}.pt" for seed in (1, 2)]
-        weights[fast] = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
-        for path in spread_data.parent.glob("vdn*.pt"):
-            path.unlink()
-    assert "warning" not in capsys.readouterr().err
-    for eager, captured in zip(weights[False], weights[True], strict=True):
-        for name, tensor in eager.items():
-            torch.testing.assert_close(captured[name], tensor, rtol=1e-3, atol=1e-3)
+        monkeypatch.setattr(module, "train", watched)
+        learn(tmp_path / "made-up", name, network, device="cpu", num_threads=1)
+        assert len(seen) == 3
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        torch.ones(1).item()

@@ -1,150 +1,186 @@
+"""The table: its numbers, its start states, both backends, and where it is written."""
+
 import json
+import os
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image, ImageSequence
 
 import evaluate
 from evaluate import Args
 
-EXPERT = str(ROOT / "policies" / "spread" / "expert.pt")
+EXPERT = str(ROOT / "policies/spread/expert.pt")
 
 
-SHIPPED = sorted(path for path in (ROOT / "policies").glob("*/*.pt") if path.stem in ("expert", "rookie", "novice"))
+@pytest.fixture
+def learned(tmp_path) -> str:
+    """What vdn_rlhf.py writes: untrained values beside an untrained pi_ref, both GRUs."""
+    shape = {"sizes": (18, 3, 5, 25), "network": "gru", "hidden_dim": 8}
+    network = {"values": shape, "reference": shape, "beta": 1.0}
+    weights = evaluate.VDNPolicy(**network).state_dict()
+    meta = {"env": "spread", "network": network}
+    evaluate.save_checkpoint(tmp_path / "vdn.pt", "vdn", Args(()), meta, weights, {}, {})
+    return str(tmp_path / "vdn.pt")
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_both_backends_give_the_same_greedy_returns(path):
-    """Paired episodes: same start states, same draws of a prey, the batched environment against the package
-    (benchmark/results/parity.md has 2,000 of each)."""
-    episodes = 200 if path.parent.name == "spread" else 20
-    reports = [evaluate.main(Args(str(path), num_episodes=episodes, backend=b, device="cpu")) for b in ("torch", "mpe2")]
-    np.testing.assert_allclose(reports[0]["episode_returns"], reports[1]["episode_returns"], rtol=0, atol=1e-6)
-    assert np.std(reports[0]["episode_returns"]) > 1
+BACKENDS = [
+    ("spread/expert", False),
+    ("spread-7x5/rookie", False),
+    ("tag/expert", True),
+    ("tag/novice", False),
+]
+BACKENDS += [("reference/expert", False), ("reference/rookie", True)]
 
 
-def test_report(tmp_path, capsys):
-    path = tmp_path / "report.json"
-    report = evaluate.main(Args(EXPERT, num_episodes=300, json_path=str(path), device="cpu"))
-    assert json.loads(path.read_text()) == report
-    returns = np.array(report["episode_returns"])
-    assert len(returns) == 300 and report["charts/test_return"] == pytest.approx(returns.mean())
-    assert report["standard_error"] == pytest.approx(returns.std(ddof=1) / 300**0.5)
-    assert np.mean(report["agent_returns"]) == pytest.approx(returns.mean())
-    assert report["charts/score"] == pytest.approx(100 * (returns.mean() + 26.46) / (26.46 - 10.03))
-    assert f"charts/test_return {returns.mean():.2f}" in capsys.readouterr().out
+@pytest.mark.parametrize(("policy", "sample"), BACKENDS)
+def test_both_backends_give_the_same_returns_episode_by_episode(policy, sample, learned, monkeypatch):
+    monkeypatch.setattr(evaluate, "EPISODES_AT_ONCE", 16)
+    path = str(ROOT / f"policies/{policy}.pt")
+    names = (path, "random", learned) if policy == "spread/expert" else (path, "random")
+    args = Args(names, num_episodes=20, sample=sample, device="cpu")
+    report = evaluate.main(args)
+    args.backend = "mpe2"
+    for name, row in evaluate.main(args).items():
+        difference = np.subtract(row["episode_returns"], report[name]["episode_returns"])
+        assert np.abs(difference).max() < 1e-6
+    assert np.std(report[path]["episode_returns"]) > 1
 
 
-def test_seeds(capsys):
-    first, again, other = (evaluate.main(Args(EXPERT, num_episodes=50, seed=s, device="cpu")) for s in (1, 1, 2))
-    assert first["episode_returns"] == again["episode_returns"] != other["episode_returns"]
+@pytest.mark.parametrize("sample", [False, True])
+def test_policies_play_the_same_start_states(sample, learned, monkeypatch):
+    """However many random numbers a policy draws, also in later chunks of episodes."""
+    starts, rollout = [], evaluate.rollout
+
+    def record(env, act, observations):
+        starts.append(observations)
+        return rollout(env, act, observations)
+
+    monkeypatch.setattr(evaluate, "rollout", record)
+    monkeypatch.setattr(evaluate, "EPISODES_AT_ONCE", 8)
+    names = ("random", EXPERT, learned)
+    evaluate.main(Args(names, num_episodes=20, sample=sample, device="cpu"))
+    assert [len(x) for x in starts] == [8, 8, 4] * 3
+    random, expert, vdn = (torch.cat(starts[i : i + 3]) for i in (0, 3, 6))
+    assert torch.equal(random, expert) and torch.equal(random, vdn)
+    assert len({x.numpy().tobytes() for x in random}) == 20
+    starts.clear()
+    evaluate.main(Args(names[:1], env="spread", num_episodes=20, seed=2, device="cpu"))
+    assert not torch.isin(torch.cat(starts)[:, 0, 2], random[:, 0, 2]).any()
 
 
-def test_random_policy_and_sampling():
-    random = evaluate.main(Args("random", env="spread", num_episodes=4096, device="cpu"))
-    assert abs(random["charts/score"]) < 3
-    greedy, sampled = (evaluate.main(Args(EXPERT, num_episodes=512, sample=s, device="cpu")) for s in (False, True))
-    assert greedy["charts/test_return"] > sampled["charts/test_return"]
+# Mean returns of the random policy, of 20,000 episodes measured elsewhere, standard error up to 0.06.
+RANDOM = {"spread": -26.46, "reference": -28.34, "spread-4x5": -38.65, "spread-5x5": -35.34}
+RANDOM |= {"spread-6x5": -33.08, "spread-7x5": -31.32}
 
 
-def test_sampling_follows_the_softmax():
-    class Fixed(torch.nn.Module):
-        def forward(self, observations, first_step=0, memory=None):
-            B, T, A, _ = observations.shape
-            return torch.tensor([0.0, 1.0, 2.0]).expand(B, T, A, 3), None
-
-    act = evaluate.make_actor(Fixed(), 3, torch.Generator().manual_seed(0), sample=True)
-    actions = act(torch.zeros(40_000, 2, 4), 0)
-    share = torch.bincount(actions.flatten(), minlength=3) / actions.numel()
-    torch.testing.assert_close(share, torch.tensor([0.0, 1.0, 2.0]).softmax(0), atol=0.01, rtol=0)
+@pytest.mark.parametrize("env", RANDOM)
+def test_random_policy_returns_what_was_measured_and_scores_zero(env):
+    row = evaluate.main(Args(("random",), env=env, device="cpu"))["random"]
+    error = 3 * (row["standard_error"] ** 2 + 0.06**2) ** 0.5
+    assert row["charts/test_return"] == pytest.approx(RANDOM[env], abs=error)
+    assert row["charts/score"] == pytest.approx(0, abs=4)
 
 
-def read_panels(path, num_panels: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Labels (frames, panels, 24, 220, 3) and pictures (frames, panels, 220, 220, 3) of a GIF, and its milliseconds."""
-    with Image.open(path) as file:
-        frames = [(np.asarray(frame.convert("RGB")), frame.info["duration"]) for frame in ImageSequence.Iterator(file)]
-    panels = np.stack([np.stack(np.split(frame, num_panels, axis=1)) for frame, _ in frames])
-    assert panels.shape[2:] == (244, 220, 3)
-    return panels[:, :, :24], panels[:, :, 24:], sum(duration for _, duration in frames)
+def test_table_and_report(learned, tmp_path, capsys):
+    path = tmp_path / "new" / "report.json"
+    names = ("random", EXPERT, learned)
+    report = evaluate.main(Args(names, num_episodes=300, json_path=str(path), device="cpu"))
+    assert json.loads(path.read_text()) == report and tuple(report) == names
+    assert list(path.parent.iterdir()) == [path]
+    table = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("| ")]
+    assert rows[0] == ["policy", "return", "score"] and len(rows) == 4
+    for name, row in zip(names, rows[1:], strict=True):
+        numbers = report[name]
+        returns = np.array(numbers["episode_returns"])
+        score = 100 * (returns.mean() + 26.46) / (26.46 - 10.03)
+        assert len(returns) == 300 and numbers["charts/test_return"] == pytest.approx(returns.mean())
+        assert numbers["standard_error"] == pytest.approx(returns.std() / 300**0.5)
+        assert np.mean(numbers["agent_returns"]) == pytest.approx(returns.mean())
+        assert numbers["charts/score"] == pytest.approx(score)
+        assert row == [name, f"{returns.mean():.2f} ± {numbers['standard_error']:.2f}", f"{score:.1f}"]
 
 
-@pytest.mark.parametrize("game", ["spread", "tag", "reference", "spread-7x5"])
-def test_gif_shows_the_same_episodes_of_random_policy_and_expert(game, tmp_path):
-    path, expert = tmp_path / "new" / "rollout.gif", str(ROOT / "policies" / game / "expert.pt")
-    evaluate.main(Args(expert, gif=str(path), num_episodes=1, device="cpu"))
-    assert path.stat().st_size < 10**6 and list(path.parent.iterdir()) == [path]
-    labels, pictures, milliseconds = read_panels(path, 2)
-    assert milliseconds == 3 * (25 * 100 + 1500)
-    # In tag the first step changes nothing, not even the return: bodies start at rest, and a GIF merges equal frames.
-    assert len(pictures) == (75 if game == "tag" else 78)
-    for first in range(0, len(pictures), len(pictures) // 3):
-        last = first + len(pictures) // 3 - 1
-        assert (pictures[first, 0] == pictures[first, 1]).all() and (pictures[first] < 128).any()
-        assert (pictures[last, 0] != pictures[last, 1]).any()
-        assert (labels[first, 0] != labels[first, 1]).any()  # their names
-    # Nothing is cut off: the edge of the pictures stays white, but for the line between panels.
-    edge = np.ones((220, 220), dtype=bool)
-    edge[1:-1, 2:-1] = False
-    edge[:, 0] = False
-    assert (pictures[:, :, edge] >= 250).all()
+def test_counts_without_a_scale_have_no_score(capsys):
+    report = evaluate.main(Args(("random",), env="spread-2x2", num_episodes=64, device="cpu"))
+    assert "charts/score" not in report["random"] and report["random"]["charts/test_return"] < 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("|        |")
 
 
-def save_policies(folder, source: str) -> str:
-    """An untrained BC policy, and a learned one that says it was trained with the BC policy of that hash (or with this one)."""
-    networks = [evaluate.AgentNetwork(18, 3, 5, 25, hidden_dim=8) for _ in range(2)]
-    meta = dict(env="spread", network=dict(observation_dim=18, num_agents=3, num_actions=5, horizon=25, hidden_dim=8))
-    sources = dict(bc=source or evaluate.hash_weights(networks[0], {}))
-    for kind, network, more in (("bc", networks[0], {}), ("vdn", networks[1], {"sources": sources})):
-        evaluate.save_checkpoint(folder / f"{kind}-seed1.pt", kind, SimpleNamespace(), meta | more, network, {}, {})
-    return str(folder / "vdn-seed1.pt")
-
-
-@pytest.mark.parametrize("source, num_panels", [("", 4), ("the hash of another", 3)])
-def test_gif_shows_the_bc_policy_behind_a_learned_one(source, num_panels, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "GIF_EPISODES", 1)
-    path, vdn = tmp_path / "rollout.gif", save_policies(tmp_path, source)
-    evaluate.main(Args(vdn, gif=str(path), num_episodes=1, device="cpu"))
-    labels, pictures, _ = read_panels(path, num_panels)
-    assert len(pictures) == 26 and len({label.tobytes() for label in labels[0]}) == num_panels
-    assert len({picture.tobytes() for picture in pictures[0, :, :, 1:]}) == 1
-    left_out = capsys.readouterr().out.count(f"{path}: no BC, because {vdn} was trained with none of {tmp_path}/bc*.pt\n")
-    assert left_out == (num_panels == 3)
-
-
-def test_gif_tells_the_returns_of_its_episodes():
-    """The return so far begins at zero and ends at the return of the episode that is reported for the same seed."""
-    game, args = evaluate.make_game("spread"), Args("random", env="spread", num_episodes=3, device="cpu")
-    worlds, returns = evaluate.record(game, None, args, "cpu")
-    assert len(worlds) == 26 and returns.shape == (3, 26) and (returns[:, 0] == 0).all()
-    np.testing.assert_allclose(returns[:, -1], evaluate.main(args)["episode_returns"], rtol=0, atol=1e-6)
-    positions = [[agent.state.p_pos for agent in step[0].agents] for step in worlds]
-    assert np.ptp(np.stack(positions), axis=0).min() > 0  # copies, not one world 26 times
-
-
-@pytest.mark.parametrize("name", ["rollout.png", "rollout", "file/rollout.gif", "folder.gif"])
-def test_gif_that_cannot_be_written(name, tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder.gif").mkdir()
-    problem = {"file/rollout.gif": r"cannot be written \(", "folder.gif": "is a folder; name a file"}.get(
-        name, "must end in .gif"
+def test_same_seed_same_returns_and_samples_are_worse_than_the_best_action():
+    greedy, again, sampled = (
+        evaluate.main(Args((EXPERT,), num_episodes=200, sample=sample, device="cpu"))[EXPERT]
+        for sample in (False, False, True)
     )
-    with pytest.raises(evaluate.UserError, match=rf"{name}: .*{problem}"):
-        evaluate.main(Args(EXPERT, gif=str(tmp_path / name), num_episodes=1, device="cpu"))
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.gif"]
+    assert greedy == again and greedy["charts/test_return"] > sampled["charts/test_return"]
 
 
-@pytest.mark.parametrize("module, words", [("mpe2", "the package mpe2"), ("PIL", "the package pillow")])
-def test_gif_without_a_package(module, words, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(evaluate.UserError, match=rf"^--.*gif needs? {words} \(.*\); pip install [a-z0-9]+$"):
-        evaluate.main(Args(EXPERT, gif=str(tmp_path / "rollout.gif"), num_episodes=1, device="cpu"))
-    assert list(tmp_path.iterdir()) == []
+class Fixed(torch.nn.Module):
+    def forward(self, observations, first_step=0, memory=None):
+        assert (memory is None) == (first_step == 0)  # nothing is carried over an episode's end
+        return torch.tensor([0.0, 1.0, 2.0]).expand(*observations.shape[:3], 3), first_step
 
 
-def test_gif_of_an_unknown_game(tmp_path):
-    with pytest.raises(evaluate.UserError, match=r"^--env chess: choose from spread, tag, reference$"):
-        evaluate.main(Args("random", env="chess", gif=str(tmp_path / "rollout.gif"), device="cpu"))
+@pytest.mark.parametrize(
+    ("flags", "shares"),
+    [
+        ({}, [0, 0, 1]),
+        ({"epsilon": 0.3}, [0.1, 0.1, 0.8]),
+        ({"sample": True}, [0.090, 0.245, 0.665]),
+        ({"sample": True, "epsilon": 1.0}, [1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_actors_are_greedy_or_follow_the_softmax_or_explore(flags, shares):
+    act = evaluate.make_actor(Fixed(), 3, torch.Generator().manual_seed(0), **flags)
+    for step in (0, 1, 2, 0):
+        actions = act(torch.zeros(20_000, 2, 4), step)
+        measured = torch.bincount(actions.flatten(), minlength=3) / actions.numel()
+        torch.testing.assert_close(measured, torch.tensor(shares), atol=0.01, rtol=0, check_dtype=False)
+
+
+def test_report_to_a_device_is_written_through_it():
+    """No file may replace /dev/null; here it is a terminal, to see what comes out."""
+    reader, terminal = os.openpty()
+    path = os.ttyname(terminal)
+    report = evaluate.main(Args((EXPERT,), num_episodes=2, json_path=path, device="cpu"))
+    assert json.loads(os.read(reader, 100_000)) == report and Path(path).is_char_device()
+
+
+REFERENCE = str(ROOT / "policies/reference/expert.pt")
+MISTAKES = [
+    (
+        [EXPERT, REFERENCE],
+        "policies/reference/expert.pt: plays 'reference', not 'spread'; one table is of one game",
+    ),
+    (["random", EXPERT, "--env", "tag"], "policies/spread/expert.pt: plays 'spread', not 'tag'"),
+    (["random"], "--env is missing: name the game, or a policy file that plays it"),
+    (["random", "--env", "chess"], "--env 'chess': unknown, choose spread, "),
+    (["no.pt"], "no.pt: no vdn or bc or expert checkpoint (FileNotFoundError"),
+    ([str(ROOT / "policies/tag/prey.pt")], "prey.pt: no vdn or bc or expert checkpoint (ValueError"),
+    ([str(ROOT / "README.md")], "README.md: no vdn or bc or expert checkpoint (BadZipFile"),
+    ([EXPERT, "--num-episodes", "0"], "--num-episodes 0: must be from 1"),
+    ([EXPERT, "--json-path", "/proc/no/report.json"], "/proc/no/.report.json.try: cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_mistakes_are_one_line_and_status_2(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "play", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--policies", *words])
+    with pytest.raises(SystemExit) as exit:
+        evaluate.run_command_line(evaluate.main, Args, {})
+    printed = capsys.readouterr().err
+    assert exit.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert message in printed
+
+
+def test_mpe2_backend_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpe2", None)
+    with pytest.raises(
+        evaluate.UserError, match=r"--backend mpe2 needs the package mpe2 .*; pip install mpe2"
+    ):
+        evaluate.main(Args((EXPERT,), num_episodes=1, backend="mpe2", device="cpu"))

@@ -1,5 +1,6 @@
-"""Scripts must run when copied alone, so some code stands in several files. A block between `# --- shared block: NAME ---`
-and `# --- end shared block ---` is byte-identical wherever it stands; its first line names the file it is copied from.
+"""Scripts must run when copied alone, so some code stands in several files. A block between
+`# --- shared block: NAME ---` and `# --- end shared block ---` is byte-identical wherever it stands; its
+first line names the file it is copied from.
 
 python tests/test_shared_blocks.py --fix   copies every block from its origin into the other scripts
 """
@@ -9,7 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"# --- shared block: (\w+) ---\n(# Origin: (\w+\.py)\..*?)# --- end shared block ---\n", re.DOTALL)
+BEGIN, END = r"# --- shared block: (\w+) ---\n", r"# --- end shared block ---\n"
+BLOCK = re.compile(rf"{BEGIN}(# Origin: (\w+\.py)\..*?){END}", re.DOTALL)
 
 
 def read_blocks(root: Path = ROOT) -> dict[str, dict[str, str]]:

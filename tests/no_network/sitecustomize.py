@@ -1,5 +1,5 @@
-"""No network but this machine's own: Python runs this first wherever its folder is on PYTHONPATH, as in every process that the
-tests start; tests/conftest.py runs it in their own."""
+"""No network but this machine's own: Python runs this first wherever its folder is on PYTHONPATH, as in every
+process that the tests start; tests/conftest.py runs it in their own."""
 
 import ipaddress
 import socket

@@ -1,0 +1,100 @@
+"""Draw what the paper's Figures 2 and 4 show, learned beside true rewards along one trajectory, and its
+Figure 3, held-out likelihoods of reward models while they learn. figure4.sh and table7.sh train the models.
+
+Usage: python benchmark/figures.py --data-seed 2 --seed 4        (from the repository root)
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import tyro
+
+from train_reward import RewardNetwork, load_dataset
+from vdn_rlhf import build_network, load_checkpoint
+
+GAMES = ("spread", "tag", "reference")
+PANELS = {  # title of a column of Figure 4: data and alpha of the reward model
+    "pure-expert data, alpha 1": ("pure-expert", 1),
+    "diversified data, alpha 0": ("diversified", 0),
+    "diversified data, alpha 1": ("diversified", 1),
+}
+ALPHAS = (0, 0.001, 0.01, 0.1, 1, 10, 100, 1000)
+
+
+@dataclass
+class Args:
+    data_seed: str = "2"
+    """dataset seed"""
+    seed: int = 4
+    """training seed"""
+    folder: str = "benchmark"
+    """where to write rewards.png and reward-curves.png"""
+
+
+def standardize(rewards: torch.Tensor) -> torch.Tensor:
+    return (rewards - rewards.mean()) / rewards.std().clamp(min=1e-8)
+
+
+@torch.no_grad()
+def draw_rewards(args: Args) -> None:
+    """One expert trajectory of the diversified data of every game, mean over agents, both standardised over
+    all data."""
+    figure, axes = plt.subplots(len(GAMES), len(PANELS), figsize=(11, 7), sharex=True, squeeze=False)
+    for row, game in zip(axes, GAMES, strict=True):
+        path = Path(f"runs/{game}/diversified-data{args.data_seed}/dataset.npz")
+        names = ("observations", "actions", "true_rewards")
+        data, _, _ = load_dataset(path, game, names)
+        returns = data["true_rewards"].sum(dim=(1, 2))
+        shown = int(returns.argsort()[int(0.9 * len(returns))])  # as good as most experts
+        true = standardize(data["true_rewards"])[shown].mean(dim=1)
+        for axis, (title, (mixture, alpha)) in zip(row, PANELS.items(), strict=True):
+            axis.set_title(f"{game}: {title}", fontsize=9)
+            axis.plot(true, color="black", label="true")
+            model_path = Path(
+                f"runs/{game}/{mixture}-data{args.data_seed}/reward-alpha{alpha}-seed{args.seed}.pt"
+            )
+            if model_path.exists():
+                checkpoint = load_checkpoint(model_path, "reward")
+                model = build_network(RewardNetwork, model_path, checkpoint, "cpu")
+                some = torch.cat([torch.tensor([shown]), torch.arange(2000)])
+                learned = standardize(model(data["observations"][some, :-1], data["actions"][some]))[0]
+                axis.plot(learned.mean(dim=1), color="tab:blue", linestyle="--", label="learned")
+    axes[0, 0].legend()
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(Path(args.folder) / "rewards.png", dpi=70)
+
+
+def draw_curves(args: Args) -> None:
+    figure, axes = plt.subplots(1, len(GAMES), figsize=(11, 3.2), squeeze=False)
+    for axis, game in zip(axes[0], GAMES, strict=True):
+        for alpha in ALPHAS:
+            name = f"reward-alpha{alpha:g}-seed{args.seed}.json"
+            path = Path("benchmark/results") / game / f"diversified-data{args.data_seed}" / name
+            if path.exists():
+                history = json.loads(path.read_text())["metrics"]["history"]
+                axis.plot(
+                    range(1, len(history["losses/nll"]) + 1), history["losses/nll"], label=f"alpha {alpha:g}"
+                )
+        axis.set_title(game, fontsize=9)
+        axis.set_xlabel("epoch")
+    axes[0, 0].set_ylabel("held-out NLL per label")
+    axes[0, 0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(Path(args.folder) / "reward-curves.png", dpi=70)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    draw_rewards(args)
+    draw_curves(args)
