@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,13 +247,6 @@ def make_sections(results: list[dict]) -> dict[str, str]:
     }
 
 
-def core_hours(results: list[dict]) -> float:
-    by_stage = defaultdict(float)
-    for result in results:
-        by_stage[result["kind"]] += result["seconds"] / 3600
-    return sum(by_stage.values())
-
-
 def main(args: Args) -> None:
     results_path = ROOT / args.results_path
     collect_results(ROOT / args.runs_path, results_path)
@@ -262,10 +254,8 @@ def main(args: Args) -> None:
     sections = make_sections(results)
     for readme in ("README.md", "benchmark/README.md"):
         write_sections(ROOT / readme, sections)
-    print(
-        f"{len(results)} results of {core_hours(results):.1f} core-hours -> README.md, benchmark/README.md",
-        file=sys.stderr,
-    )
+    hours = sum(result["seconds"] for result in results) / 3600
+    print(f"{len(results)} results of {hours:.1f} hours -> README.md, benchmark/README.md", file=sys.stderr)
 
 
 if __name__ == "__main__":
