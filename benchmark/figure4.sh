@@ -12,4 +12,6 @@ for game in $games; do
   reward_model $game pure-expert ${seeds%% *}
   for alpha in 0 1; do reward_model $game diversified ${seeds%% *} --alpha $alpha; done
 done | run
-[ -n "$print" ] || python benchmark/figures.py --data-seed $data_seed --seed ${seeds%% *}
+folder=benchmark
+[ "${SCALE:-paper}" = paper ] || folder=runs
+[ -n "$print" ] || python benchmark/figures.py --data-seed $data_seed --seed ${seeds%% *} --folder $folder

@@ -51,6 +51,8 @@ def draw_rewards(args: Args) -> None:
     figure, axes = plt.subplots(len(GAMES), len(PANELS), figsize=(11, 7), sharex=True, squeeze=False)
     for row, game in zip(axes, GAMES, strict=True):
         path = Path(f"runs/{game}/diversified-data{args.data_seed}/dataset.npz")
+        if not path.exists():  # its panels stay empty
+            continue
         names = ("observations", "actions", "true_rewards")
         data, _, _ = load_dataset(path, game, names)
         returns = data["true_rewards"].sum(dim=(1, 2))
