@@ -42,8 +42,6 @@ PAPER_TABLE_7 = {
 class Args:
     runs_path: str = "runs"
     """folder with the results of finished runs"""
-    results_path: str = "benchmark/results"
-    """folder that keeps copies of them"""
 
 
 def collect_results(runs: Path, results: Path) -> None:
@@ -248,9 +246,8 @@ def make_sections(results: list[dict]) -> dict[str, str]:
 
 
 def main(args: Args) -> None:
-    results_path = ROOT / args.results_path
-    collect_results(ROOT / args.runs_path, results_path)
-    results = load_results(results_path)
+    collect_results(ROOT / args.runs_path, ROOT / "benchmark/results")
+    results = load_results(ROOT / "benchmark/results")
     sections = make_sections(results)
     for readme in ("README.md", "benchmark/README.md"):
         write_sections(ROOT / readme, sections)
