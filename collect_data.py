@@ -13,8 +13,8 @@ Deviations from the paper:
    is about a deviation of every agent; the published code always lets agent 0 deviate.
 3. Labels are drawn once and stored, so that nothing downstream can see the true reward. The published code
    draws them afresh in every minibatch.
-4. Pairs stay within blocks of 256 trajectories, so that one minibatch of 256 trajectories serves 2,560 pairs
-   and a held-out set of whole blocks shares no trajectory with the training set."""
+4. Pairs stay within blocks of 64 trajectories, so that a minibatch of 64 trajectories serves 640 pairs and a
+   held-out set of whole blocks shares no trajectory with the training set."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-VERSION = 1  # raised when a change of this file changes its results
+VERSION = 2  # raised when a change of this file changes its results
 MIXTURES = {  # parts of expert, unilateral, rookie and trivial play: Table 1, and two without any expert
     "diversified": (1, 1, 1, 1),
     "mix-unilateral": (2, 1, 0, 1),
@@ -49,7 +49,7 @@ MIXTURES = {  # parts of expert, unilateral, rookie and trivial play: Table 1, a
     "trivial": (0, 0, 0, 1),
 }
 EXPERT, UNILATERAL, ROOKIE, TRIVIAL = range(4)  # the values of `behavior` in the dataset
-BLOCK_SIZE = 256
+BLOCK_SIZE = 64
 DATASET_ARGS = ("env", "dataset", "num_trajectories", "pairs_per_trajectory", "steepness", "epsilon", "seed")
 ENVIRONMENTS_AT_ONCE = 3840  # bounds the memory; another value means other random numbers for a --seed
 
@@ -61,7 +61,7 @@ class Args:
     dataset: Literal[tuple(MIXTURES)] = "diversified"
     """the mixture of Table 1; no-expert and trivial have no expert in them"""
     num_trajectories: int = 38_400
-    """N, a multiple of the block size 256 (paper: 38,400)"""
+    """N, a multiple of the block size 64 (paper: 38,400)"""
     pairs_per_trajectory: int = 10
     """M / N (paper: 10)"""
     steepness: float = 5.0

@@ -8,18 +8,16 @@ Metrics in NAME.json, those of losses/ also in wandb, of trajectories held out b
     losses/nll                mean negative log-likelihood per label, chance is 0.693; losses/training_nll
     losses/smoothness         L_MSE of Eq. (2) over the variance that divides it; losses/loss: all of Eq. (1)
     reward/accuracy           share of labels that the model predicts; labels of 0 do not count
-    reward/standardized_mse   mean squared difference of standardised learned and true rewards
-    reward/correlation        their correlation
+    reward/correlation        of learned and true step rewards; reward/standardized_mse is 2 - 2 * that
     reward/bayes_*            of the true returns, which drew the labels: nothing is better in expectation
 
 Deviations from the paper:
-1. Eq. (1) divides by Var_D(r_phi) of the steps. It vanishes while the outputs are small, and the penalty then
-   holds them there: the model collapses to a constant (--variance step). Here L_MSE is divided by the
-   detached max(Var(trajectory return of r_phi), 1), which follows Table 7. The variance is the minibatch's.
+1. Eq. (1) divides by Var_D(r_phi) of the steps: while outputs are small it vanishes, and the penalty holds
+   them there for good (--variance step). Here L_MSE is divided by the detached max(Var(trajectory returns of
+   r_phi in the minibatch), 1), which follows Table 7.
 2. --input joint is what the paper writes, r_phi(s, a_i), s being all agents' observations; B.1 speaks of an
    observation embedding, so --preset paper takes the agent's own.
-3. A learning rate that falls along a cosine, and far fewer than the paper's 100 epochs.
-"""
+3. A learning rate that falls along a cosine, smaller minibatches, far fewer epochs than the paper's 100."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-VERSION = 1  # raised when a change of this file changes its results
+VERSION = 2  # raised when a change of this file changes its results
 
 
 @dataclass
@@ -87,9 +85,13 @@ class Args:
     """of Adam; falls to zero along a cosine over max_epochs"""
     max_epochs: int = 8
     """passes over the training pairs"""
+    batch_size: int = 64
+    """trajectories per gradient step, in whole blocks (paper: 256)"""
+    max_pairs: int = 1_000_000
+    """learn from at most so many of the pairs, drawn at random"""
 
 
-PAPER = dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100)  # Table 5
+PAPER = dict(run_name="paper", input="own", learning_rate=1e-3, max_epochs=100, batch_size=256)  # Table 5
 PAPER_GAMES = {"reference": dict(hidden_dim=64), "tag": dict(network="gru", hidden_dim=64)}
 PRESETS = {"default": {}, "paper": {"all": PAPER, **PAPER_GAMES}}
 
@@ -98,8 +100,7 @@ PRESETS = {"default": {}, "paper": {"all": PAPER, **PAPER_GAMES}}
 # Origin: train_reward.py. r_phi of Eq. (1) to (4).
 class RewardNetwork(nn.Module):
     """Step rewards of all agents: embeddings of observation and action are added, three hidden layers follow
-    (B.1). With input "joint" the observation is that of all agents, s in r_phi(s, a_i); with "own" its
-    own."""
+    (B.1). With input "joint" the observation is that of all agents, s in r_phi(s, a_i), else its own."""
 
     def __init__(self, sizes, input="joint", network="mlp", hidden_dim=128):
         """sizes: observation size, agents, actions."""
@@ -151,21 +152,20 @@ def reward_loss(rewards, pairs, labels, alpha: float, variance="return"):
 
 
 @torch.no_grad()
-def measure(rewards_of, minibatches: tuple, args: Args) -> dict[str, float]:
-    """Means of what reward_loss returns over minibatches. rewards_of(trajectories (B,)) -> (B, T, A)."""
+def measure(rewards_of, blocks: tuple, args: Args) -> dict[str, float]:
+    """Means of what reward_loss returns over blocks. rewards_of(trajectories (B,)) -> (B, T, A)."""
     totals = 0.0
-    for trajectories, pairs, labels in zip(*minibatches, strict=True):
+    for trajectories, pairs, labels in zip(*blocks, strict=True):
         rewards = rewards_of(trajectories)
         totals += torch.stack(reward_loss(rewards, pairs, labels, args.alpha, args.variance))
     names = ("losses/loss", "losses/nll", "losses/smoothness", "reward/accuracy")
-    return dict(zip(names, (totals / len(minibatches[0])).tolist(), strict=True))
+    return dict(zip(names, (totals / len(blocks[0])).tolist(), strict=True))
 
 
 def compare_with_truth(r_phi, true_rewards, test: tuple, meta: dict, args: Args) -> dict[str, float]:
     """Diagnostics on the trajectories held out, from learned and true step rewards (N, T, A)."""
-    held_out = test[0].unique()
-    pair = torch.stack([rewards[held_out].flatten().double() for rewards in (r_phi, true_rewards)])
-    correlation = pair.corrcoef()[0, 1].nan_to_num().item()
+    both = torch.stack([x[test[0].unique()].flatten().double() for x in (r_phi, true_rewards)])
+    correlation = both.corrcoef()[0, 1].nan_to_num().item()
     metrics = {"reward/standardized_mse": 2 - 2 * correlation, "reward/correlation": correlation}
     if {"steepness", "return_std"} <= meta.keys():  # labels of collect_data.py, which the true returns drew
         scale = meta["steepness"] / torch.tensor(meta["return_std"]).clamp(min=1e-8)
@@ -175,14 +175,13 @@ def compare_with_truth(r_phi, true_rewards, test: tuple, meta: dict, args: Args)
     return metrics
 
 
-def split_into_minibatches(data: dict, data_path: Path) -> list[tuple]:
-    """A training and a test part (90/10) with no trajectory in both. Each is M minibatches of one size:
-    trajectories (M, B), pairs (M, P, 2) as positions among a minibatch's trajectories, labels (M, P, A or 1).
-    A part is whole blocks and, where all of these have one size, a minibatch is a block; else it is up to
-    256 pairs. Without blocks the trajectories are split, and pairs that cross are dropped."""
+def split_into_blocks(data: dict, data_path: Path) -> list[tuple]:
+    """A training and a test part (90/10) with no trajectory in both, each M blocks of one size: trajectories
+    (M, B), pairs (M, P, 2) as positions in a block, labels (M, P, A or 1). Where the dataset's blocks do not
+    have one size, up to 256 pairs are one; without blocks, pairs that cross the parts are dropped."""
     pairs, labels = data["pairs"], data["labels"].float()
-    group = data.get("block", torch.arange(len(data["actions"])))
-    group = group.unique(return_inverse=True)[1]  # (N,): 0, 1, ...
+    block = data.get("block", torch.arange(len(data["actions"])))
+    group = block.unique(return_inverse=True)[1]  # (N,): 0, 1, ...
     num_groups = int(group.max()) + 1
     is_test = torch.zeros(num_groups, dtype=torch.bool)
     is_test[torch.randperm(num_groups)[: max(num_groups // 10, 1)]] = True
@@ -221,11 +220,16 @@ def main(args: Args) -> None:
     sources = {"version": VERSION} | {name: checksums[name] for name in ("meta", *data)}
     if is_finished(path, "reward", args, sources):
         return
-    training, test = (tuple(x.to(device) for x in part) for part in split_into_minibatches(data, data_path))
+    if len(data["pairs"]) > args.max_pairs:
+        chosen = torch.randperm(len(data["pairs"]))[: args.max_pairs]
+        data |= {name: data[name][chosen] for name in ("pairs", "labels")}
+    training, test = (tuple(x.to(device) for x in part) for part in split_into_blocks(data, data_path))
     observations, actions = data["observations"][:, :-1].to(device), data["actions"].to(device)
-    num_batches = len(training[0])
-    order = torch.cat([torch.randperm(num_batches) for _ in range(args.max_epochs)])
-    batches = order[:, None].to(device)  # (updates, 1): the number of a minibatch
+    num_blocks, size = training[0].shape
+    together = min(math.ceil(args.batch_size / size), num_blocks)  # blocks in a minibatch
+    order = torch.cat([torch.randperm(num_blocks) for _ in range(args.max_epochs)])
+    batches = order[: len(order) // together * together].view(-1, together).to(device)
+    first = torch.arange(0, together * size, size).repeat_interleave(training[1].shape[1])[:, None].to(device)
 
     sizes = (observations.shape[-1], actions.shape[2], meta["num_actions"])
     shape = {"sizes": sizes, "input": args.input, "network": args.network, "hidden_dim": args.hidden_dim}
@@ -238,14 +242,14 @@ def main(args: Args) -> None:
         return model(observations[trajectories], actions[trajectories])
 
     def update(batch):
-        trajectories, pairs, labels = (x[batch].squeeze(0) for x in training)
-        loss = reward_loss(rewards_of(trajectories), pairs, labels, args.alpha, args.variance)[0]
+        trajectories, pairs, labels = (x[batch].flatten(0, 1) for x in training)
+        loss = reward_loss(rewards_of(trajectories), pairs + first, labels, args.alpha, args.variance)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    every = num_batches * math.ceil(args.max_epochs / 50)  # at most 50 points of history
+    every = max(len(batches) // min(args.max_epochs, 50), 1)  # updates between two points of history
     evaluate = lambda _: measure(rewards_of, test, args)  # noqa: E731
     speed, history = train(args, path, sources, parts, update, batches, evaluate, every)
     metrics = {name: curve[-1] for name, curve in history.items()} | {"speed/updates_per_second": speed}
@@ -253,8 +257,7 @@ def main(args: Args) -> None:
     with torch.no_grad():
         r_phi = torch.cat([rewards_of(chunk).cpu() for chunk in torch.arange(len(actions)).split(1024)])
     if "true_rewards" in data:
-        test = tuple(x.cpu() for x in test)
-        metrics |= compare_with_truth(r_phi, data["true_rewards"], test, meta, args)
+        metrics |= compare_with_truth(r_phi, data["true_rewards"], [x.cpu() for x in test], meta, args)
     print(f"{path}:", *(f"{name} {value:.4f}" for name, value in metrics.items()), sep="\n  ")
     trained = r_phi[training[0].unique().cpu()]
     stats = {"mean": trained.mean().item(), "std": trained.std(correction=0).item()}  # Eq. (4)

@@ -484,8 +484,7 @@ def load_dataset(path: Path, env: str, names: tuple, optional: tuple = ()) -> tu
 # Origin: train_reward.py. r_phi of Eq. (1) to (4).
 class RewardNetwork(nn.Module):
     """Step rewards of all agents: embeddings of observation and action are added, three hidden layers follow
-    (B.1). With input "joint" the observation is that of all agents, s in r_phi(s, a_i); with "own" its
-    own."""
+    (B.1). With input "joint" the observation is that of all agents, s in r_phi(s, a_i), else its own."""
 
     def __init__(self, sizes, input="joint", network="mlp", hidden_dim=128):
         """sizes: observation size, agents, actions."""

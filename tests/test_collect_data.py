@@ -106,7 +106,7 @@ def test_who_plays(dataset, num_agents, monkeypatch):
     # Permuted: every block holds all behaviors, in about the mixture's ratio.
     for b in range(4):
         shares = (behavior.view(-1, BLOCK) == b).float().mean(dim=1)
-        assert (shares - PARTS[dataset][b] / 1536).abs().max() < 0.12
+        assert (shares - PARTS[dataset][b] / 1536).abs().max() < 0.24  # 4 standard deviations
 
 
 def test_share_of_random_actions(spread_data):
@@ -208,7 +208,7 @@ MISTAKES = [
         {"env": "spread-2x2"},
         "2x2/expert.pt: no such file; `python benchmark/train_spread_experts.py --env spread-2x2`",
     ),
-    ({"num_trajectories": 100}, "--num-trajectories 100: must be a multiple of 256"),
+    ({"num_trajectories": 100}, "--num-trajectories 100: must be a multiple of 64"),
     ({"num_trajectories": 0}, "--num-trajectories 0: must be from 1"),
     ({"pairs_per_trajectory": 0}, "--pairs-per-trajectory 0: must be from 1"),
     ({"epsilon": 1.5}, "--epsilon 1.5: must be from 0 to 1"),

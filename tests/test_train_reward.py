@@ -9,7 +9,7 @@ import torch
 from conftest import made_up_arrays, same_weights, without
 
 import train_reward
-from train_reward import Args, RewardNetwork, load_dataset, reward_loss, split_into_minibatches
+from train_reward import Args, RewardNetwork, load_dataset, reward_loss, split_into_blocks
 
 ARRAYS = ("observations", "actions", "pairs", "labels")
 
@@ -104,8 +104,8 @@ def test_no_trajectory_stands_in_both_parts(case, spread_data, tmp_path, capsys)
         np.savez(path, **two_sizes_of_blocks())
     data = load_dataset(path, env, ARRAYS, () if case == "no blocks" else ("block",))[0]
     torch.manual_seed(1)
-    parts = split_into_minibatches(data, path)
-    # Every minibatch holds true pairs with their labels, however it stores them, and no pair twice.
+    parts = split_into_blocks(data, path)
+    # Every block holds true pairs with their labels, however it stores them, and no pair twice.
     rows, seen = [], []
     for trajectories, pairs, labels in parts:
         used = torch.stack([batch[positions] for batch, positions in zip(trajectories, pairs, strict=True)])
@@ -118,13 +118,49 @@ def test_no_trajectory_stands_in_both_parts(case, spread_data, tmp_path, capsys)
     assert Counter(rows) <= table
     left_out = len(pairs) - len(rows)
     if case == "blocks":
-        assert left_out == 0 and parts[0][1].shape == (9, 2560, 2) and parts[1][1].shape == (1, 2560, 2)
+        assert left_out == 0 and parts[0][1].shape == (36, 640, 2) and parts[1][1].shape == (4, 640, 2)
     elif case == "blocks of two sizes":
         assert left_out < 2 and len(data["block"][sorted(seen[1])].unique()) == 3
     else:
         dropped = int(capsys.readouterr().out.split(f" of {len(pairs)} pairs")[0])
         assert 0 <= left_out - dropped < sum(len(batches) for batches, _, _ in parts)  # one size for all
         assert 0.1 < dropped / len(pairs) < 0.26  # 1 - 0.9 ** 2 - 0.1 ** 2 = 0.18
+
+
+@pytest.mark.parametrize(("batch_size", "updates"), [(1, 36), (64, 36), (256, 9), (10_000, 1)])
+def test_a_minibatch_is_whole_blocks_with_their_own_pairs(
+    batch_size, updates, spread_data, tmp_path, monkeypatch
+):
+    """Before anything is learned, the mean over minibatches is that over the training part."""
+    seen = []
+
+    def recorded(rewards, *rest):
+        outputs = reward_loss(rewards, *rest)
+        if rewards.requires_grad:
+            seen.append(outputs[1].item())
+        return outputs
+
+    monkeypatch.setattr("train_reward.reward_loss", recorded)
+    flags = {"learning_rate": 0.0, "max_epochs": 1, "batch_size": batch_size}
+    metrics = learn(spread_data, tmp_path / "reward.pt", **flags)["metrics"]
+    assert len(seen) == updates
+    assert np.mean(seen) == pytest.approx(metrics["losses/training_nll"], abs=1e-6)
+
+
+def test_learns_from_at_most_so_many_pairs(spread_data, tmp_path, monkeypatch):
+    """Drawn at random, with their labels; blocks stay whole: trained on or held out."""
+    seen = []
+    monkeypatch.setattr(
+        "train_reward.split_into_blocks", lambda *x: seen.append(x[0]) or split_into_blocks(*x)
+    )
+    learn(spread_data, tmp_path / "reward.pt", max_pairs=300, max_epochs=1)
+    with np.load(spread_data) as arrays:
+        table = Counter(
+            (*p, *x) for p, x in zip(arrays["pairs"].tolist(), arrays["labels"].tolist(), strict=True)
+        )
+    rows = [(*p, *x) for p, x in zip(seen[0]["pairs"].tolist(), seen[0]["labels"].tolist(), strict=True)]
+    assert len(rows) == 300 and Counter(rows) <= table
+    assert len(seen[0]["block"][seen[0]["pairs"][:, 0]].unique()) > 30  # of 40
 
 
 @pytest.mark.parametrize("input", ["joint", "own"])
@@ -168,7 +204,7 @@ def test_learns_the_reward_of_a_game_that_nobody_knows(network, tmp_path):
 
     data = load_dataset(data_path, "made-up", ARRAYS, ("true_rewards",))[0]
     torch.manual_seed(1)
-    training, test = split_into_minibatches(data, data_path)
+    training, test = split_into_blocks(data, data_path)
     model = RewardNetwork(**checkpoint["meta"]["network"])
     model.load_state_dict(checkpoint["state_dict"])
     r_phi = model(data["observations"][:, :-1], data["actions"]).detach()
