@@ -1,5 +1,6 @@
-"""Draw what the paper's Figures 2 and 4 show, learned beside true rewards along one trajectory, and its
-Figure 3, held-out likelihoods of reward models while they learn. figure4.sh and table7.sh train the models.
+"""Draw what the paper's Figures 2 and 4 show, learned beside true rewards along one trajectory, its Figure 3,
+held-out likelihoods of reward models while they learn, and scores over beta on data without experts.
+figure4.sh, table7.sh and no_expert.sh train the models. What is missing stays empty.
 
 Usage: python benchmark/figures.py --data-seed 2 --seed 4        (from the repository root)
 """
@@ -15,9 +16,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import tyro
 
+from benchmark.report import BETAS, ROOT, choose, load_results, player, standard, values
 from train_reward import RewardNetwork, load_dataset
 from vdn_rlhf import build_network, load_checkpoint
 
@@ -96,7 +99,37 @@ def draw_curves(args: Args) -> None:
     figure.savefig(Path(args.folder) / "reward-curves.png", dpi=70)
 
 
+def draw_betas(args: Args) -> None:
+    """Mean and standard deviation over training seeds; the zero of the logarithmic axis stands apart."""
+    results = load_results(ROOT / "benchmark/results")
+    figure, axes = plt.subplots(1, len(GAMES), figsize=(11, 3.2), squeeze=False)
+    positions = np.arange(len(BETAS))
+    for axis, game in zip(axes[0], GAMES, strict=True):
+        cells = [
+            choose(results, "vdn", game, "no-expert", args.data_seed, **standard(game, beta=b)) for b in BETAS
+        ]
+        reference = [score for cell in cells for score in values(cell, "charts/reference_score")]
+        scores = [values(cell, "charts/score") or [np.nan] for cell in cells]
+        means, deviations = map(np.mean, scores), map(np.std, scores)
+        axis.errorbar(positions, list(means), list(deviations), marker="o", label="VDN-RLHF")
+        lines = {
+            "expert (not in the data)": float(player(game, "expert")),
+            "rookie": float(player(game, "rookie")),
+        }
+        lines |= {"BC": np.mean(reference or [np.nan]), "random": 0.0}
+        for style, (name, height) in zip((":", "--", "-.", "-"), lines.items(), strict=True):
+            axis.axhline(height, color="black", linewidth=1, linestyle=style, label=name)
+        axis.set_title(game, fontsize=9)
+        axis.set_xticks(positions, [f"{beta:g}" for beta in BETAS])
+        axis.set_xlabel("beta")
+    axes[0, 0].set_ylabel("score")
+    axes[0, 0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(Path(args.folder) / "no-expert.png", dpi=70)
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    draw_betas(args)
     draw_rewards(args)
     draw_curves(args)

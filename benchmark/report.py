@@ -23,6 +23,8 @@ GAMES = ("spread", "tag", "reference")
 MANY_AGENTS = ("spread-4x5", "spread-5x5", "spread-6x5", "spread-7x5")
 MIXTURES = ("diversified", "mix-unilateral", "mix-expert", "pure-expert")
 STANDARD_BETA = {"tag": 3.0}  # section 5.3; else 1
+NO_EXPERT_BETA = 0.0  # chosen on dataset seed 1; settings.sh has both
+BETAS = (0.0, 0.03, 0.1, 0.3, 1.0)  # of no_expert.sh
 ALPHAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 # The paper's results as scores, its authors' expert = 100, random = 0 (tag: against their prey).
 PAPER_TABLE_2 = {
@@ -82,10 +84,17 @@ def choose(results: list[dict], kind: str, game: str, mixture: str, data_seed="2
     return sorted(cell, key=lambda result: result["args"]["seed"])
 
 
-def standard(game: str, preset="default", **changes) -> dict:
+def standard(game: str, preset="default", mixture="diversified", **changes) -> dict:
     """Flags of the standard run of a game."""
-    flags = {"beta": STANDARD_BETA.get(game, 1.0), "alpha": 1.0, "keep": 1.0, "preset": preset}
+    beta = NO_EXPERT_BETA if mixture == "no-expert" else STANDARD_BETA.get(game, 1.0)
+    flags = {"beta": beta, "alpha": 1.0, "keep": 1.0, "preset": preset}
     return {**flags, "run_name": "paper" if preset == "paper" else "", **changes}
+
+
+def player(game: str, name: str) -> str:
+    """Score of a shipped policy."""
+    checkpoint = torch.load(ROOT / f"policies/{game}/{name}.pt", weights_only=True)
+    return f"{checkpoint['metrics']['charts/score']:.1f}"
 
 
 def values(cell: list[dict], name: str) -> list[float]:
@@ -149,23 +158,110 @@ def table_2(results: list[dict], preset="default") -> str:
     return table(head, rows)
 
 
-def rivals(results: list[dict], data_seed: str) -> str:
-    head = ["game", "training seeds", "expert of the data", "BC = pi_ref", "VDN-RLHF", "filtered BC"]
-    head += ["VDN-RLHF on filtered BC", "paper"]
+RIVALS = {  # column of the rivals' table: which score of which run
+    "BC = pi_ref": ("charts/reference_score", {}),
+    "filtered BC": ("charts/reference_score", {"keep": 0.25}),
+    "filtered by true return": ("bc", {"keep": 0.25, "run_name": "true-returns"}),
+    "VDN-RLHF": ("charts/score", {}),
+    "VDN-RLHF on filtered BC": ("charts/score", {"keep": 0.25}),
+    "VDN, zero rewards": ("charts/score", {"run_name": "zero"}),
+    "shuffled rewards": ("charts/score", {"run_name": "shuffled"}),
+    "true rewards": ("charts/score", {"run_name": "oracle"}),
+    "CQL": ("charts/score", {"run_name": "cql", "beta": 0.0}),
+    "IPL": ("charts/score", {"run_name": "ipl"}),
+    "paper's settings": ("charts/score", {"preset": "paper", "run_name": "paper"}),
+}
+
+
+def rivals(results: list[dict], mixture: str, data_seed: str) -> str:
+    """The best player of the data is left out of the best of a row."""
     rows = []
     for game in GAMES:
-        expert = torch.load(ROOT / f"policies/{game}/expert.pt", weights_only=True)["metrics"]["charts/score"]
-        plain = choose(results, "vdn", game, "diversified", data_seed, **standard(game))
-        filtered = choose(results, "vdn", game, "diversified", data_seed, **standard(game, keep=0.25))
-        cells = [
-            mean_and_std(values(cell, name))
-            for cell in (plain, filtered)
-            for name in ("charts/reference_score", "charts/score")
-        ]
+        cells = []
+        for name, flags in RIVALS.values():
+            if name == "bc":
+                cell = choose(results, "bc", game, mixture, data_seed, preset="default", **flags)
+                cells.append(mean_and_std(values(cell, "charts/score")))
+            else:
+                beta = {"beta": STANDARD_BETA.get(game, 1.0)} if "preset" in flags else {}
+                flags = standard(game, **{"mixture": mixture, **beta, **flags})
+                cell = choose(results, "vdn", game, mixture, data_seed, **flags)
+                cells.append(mean_and_std(values(cell, name)))
+        plain = choose(results, "vdn", game, mixture, data_seed, **standard(game, mixture=mixture))
         seeds = " ".join(str(result["args"]["seed"]) for result in plain)
-        cells = [f"{expert:.1f}", *cells, str(PAPER_TABLE_2["diversified"][GAMES.index(game)])]
-        rows.append([game, seeds, *bold_best(cells)])
+        best = player(game, "rookie" if mixture == "no-expert" else "expert")
+        rows.append([game, seeds, best, *bold_best(cells)])
+    return table(["game", "training seeds", "best player of the data", *RIVALS], rows)
+
+
+def no_expert(results: list[dict], data_seed: str) -> str:
+    rows = []
+    for game in GAMES:
+        runs = {
+            beta: choose(results, "vdn", game, "no-expert", data_seed, **standard(game, beta=beta))
+            for beta in BETAS
+        }
+        reference = {
+            result["args"]["seed"]: result["metrics"]["charts/reference_score"]
+            for cell in runs.values()
+            for result in cell
+        }
+        cells = [player(game, "rookie"), mean_and_std(list(reference.values()))]
+        cells += [mean_and_std(values(cell, "charts/score")) for cell in runs.values()]
+        seeds = [len(cell) for cell in runs.values()]
+        rows.append([game, f"{min(seeds)} to {max(seeds)}", *bold_best(cells), player(game, "expert")])
+    head = ["game", "seeds", "rookie", "BC = pi_ref", *(f"beta {beta:g}" for beta in BETAS)]
+    return table([*head, "expert, not in the data"], rows)
+
+
+def few_labels(results: list[dict]) -> str:
+    rows = []
+    for game in ("spread", "reference"):
+        names = {f"{pairs:,}": f"pairs{pairs}" for pairs in (100, 300, 1000, 3000, 10_000)} | {"384,000": ""}
+        for pairs, name in names.items():
+            reward = choose(
+                results, "reward", game, "diversified", alpha=1.0, preset="default", run_name=name
+            )
+            cell = choose(results, "vdn", game, "diversified", **standard(game, run_name=name))
+            seeds = {result["args"]["seed"] for result in cell}
+            reward = [result for result in reward if result["args"]["seed"] in seeds]
+            quality = [mean_and_std(values(reward, f"reward/{x}"), 2) for x in ("accuracy", "correlation")]
+            scores = [mean_and_std(values(cell, f"charts/{x}")) for x in ("reference_score", "score")]
+            rows.append([game, pairs, len(cell), *quality, *bold_best(scores)])
+    head = [
+        "game",
+        "labelled pairs",
+        "seeds",
+        "reward/accuracy",
+        "reward/correlation",
+        "BC = pi_ref",
+        "VDN-RLHF",
+    ]
     return table(head, rows)
+
+
+ABLATION = {  # column: run name and changes of the standard flags; ablation.sh has the others
+    "paper": dict(preset="paper", run_name="paper"),
+    "+ joint reward": dict(preset="paper", run_name="joint-reward"),
+    "+ MLP with time": dict(preset="paper", run_name="mlp"),
+    "+ known KL": dict(preset="paper", run_name="known-kl"),
+    "+ lambda 0.8": dict(preset="paper", run_name="lambda"),
+    "+ lr 5e-3": dict(preset="paper", run_name="rate"),
+    "default": {},
+    "default, Eq. (1) as printed": dict(run_name="step"),
+}
+
+
+def ablation(results: list[dict]) -> str:
+    rows = []
+    for game in GAMES:
+        cells = [
+            choose(results, "vdn", game, "diversified", **standard(game, **x)) for x in ABLATION.values()
+        ]
+        for name, key in (("VDN-RLHF", "charts/score"), ("BC = pi_ref", "charts/reference_score")):
+            scores = [mean_and_std(values(cell, key)) for cell in cells]
+            rows.append([game, name, *(bold_best(scores) if name == "VDN-RLHF" else scores)])
+    return table(["game", "", *ABLATION], rows)
 
 
 def table_3(results: list[dict]) -> str:
@@ -233,8 +329,13 @@ def write_sections(path: Path, sections: dict[str, str]) -> None:
 
 def make_sections(results: list[dict]) -> dict[str, str]:
     return {
-        "rivals-1": rivals(results, "1"),
-        "rivals-2": rivals(results, "2"),
+        "rivals": rivals(results, "diversified", "2"),
+        "rivals-1": rivals(results, "diversified", "1"),
+        "rivals-no-expert": rivals(results, "no-expert", "2"),
+        "no-expert": no_expert(results, "2"),
+        "no-expert-1": no_expert(results, "1"),
+        "labels": few_labels(results),
+        "ablation": ablation(results),
         "table-1": table_1(results),
         "table-2": table_2(results),
         "table-2-paper": table_2(results, "paper"),

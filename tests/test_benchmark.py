@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import report
+import rivals
 
 import collect_data
 import train_bc
@@ -44,15 +45,18 @@ def test_a_failed_line_fails_the_script_and_is_named_with_its_log(tmp_path):
     assert run("echo true | bash benchmark/run.sh", tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["table1", "table2", "table3", "table6", "table7", "rivals", "figure4", "nash_gap"]
-)
+SCRIPTS = "table1 table2 table3 table6 table7 rivals no_expert labels ablation figure4 nash_gap".split()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_printed_commands_have_flags_that_their_scripts_know(name):
     printed = run(f"bash benchmark/{name}.sh --print", SEEDS="4", PRESETS="default paper")
     assert printed.returncode == 0, printed.stderr
     lines = [line.split() for line in printed.stdout.splitlines() if not line.startswith("mkdir")]
     assert lines
-    modules = {f"{module.__name__}.py": module for module in STAGES.values()}
+    modules = {f"{module.__name__}.py": module for module in STAGES.values()} | {
+        "benchmark/rivals.py": rivals
+    }
     for python, script, *words in lines:
         assert python == "python" and (ROOT / script).exists()
         if script in modules:
@@ -68,17 +72,17 @@ def test_a_small_table_runs_from_nothing_and_again_at_once(tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     command = f'PATH="{Path(sys.executable).parent}:$PATH" bash benchmark/rivals.sh'
-    environment = {"SCALE": "smoke", "GAMES": "spread", "SEEDS": "4"}
+    environment = {"SCALE": "smoke", "GAMES": "spread", "SEEDS": "4", "MIXTURES": "diversified"}
+    environment["METHODS"] = "zero ipl"
     done = run(command, tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/spread/diversified-data2-smoke"
     made = {path.name for path in folder.glob("*.pt")}
+    rewards, policies = ("", "true-returns-"), ("", "keep0.25-", "true-returns-keep0.25-")
     assert made == {
-        "reward-alpha1-seed4.pt",
-        "bc-seed4.pt",
-        "bc-keep0.25-seed4.pt",
-        "vdn-beta1-alpha1-seed4.pt",
-        "vdn-keep0.25-beta1-alpha1-seed4.pt",
+        *(f"reward-{name}alpha1-seed4.pt" for name in rewards),
+        *(f"bc-{name}seed4.pt" for name in policies),
+        *(f"vdn-{name}beta1-alpha1-seed4.pt" for name in ("", "keep0.25-", "zero-", "ipl-")),
     }
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert run(command, tmp_path, **environment).returncode == 0
