@@ -51,6 +51,7 @@ MIXTURES = {  # parts of expert, unilateral, rookie and trivial play: Table 1, a
 EXPERT, UNILATERAL, ROOKIE, TRIVIAL = range(4)  # the values of `behavior` in the dataset
 BLOCK_SIZE = 64
 DATASET_ARGS = ("env", "dataset", "num_trajectories", "pairs_per_trajectory", "steepness", "epsilon", "seed")
+ANNOTATOR_ARGS = ("mistakes", "ties", "myopia", "team_labels")
 ENVIRONMENTS_AT_ONCE = 3840  # bounds the memory; another value means other random numbers for a --seed
 
 
@@ -66,6 +67,15 @@ class Args:
     """M / N (paper: 10)"""
     steepness: float = 5.0
     """P(first preferred) = sigmoid(steepness * difference of standardised returns) (paper: 5)"""
+    mistakes: float = 0.0
+    """probability with which an answer is flipped"""
+    ties: float = 0.0
+    """difference of standardised returns below which the answer is 0, equally good"""
+    myopia: float = 1.0
+    """the annotator's weight of a step is this to the power of the steps that follow it: below 1 late ones
+    count more"""
+    team_labels: bool = False
+    """one answer per pair, about the mean return of the agents, instead of one per agent"""
     epsilon: float = 0.05
     """share of uniformly random actions of experts and rookies (deviation 1)"""
     seed: int = 1
@@ -175,15 +185,24 @@ def draw_pairs(num_trajectories: int, pairs_per_trajectory: int, generator: torc
     return torch.stack([start + first, start + second], dim=1)
 
 
-def draw_labels(returns, pairs, steepness: float, generator) -> tuple[torch.Tensor, ...]:
-    """Bradley-Terry labels over standardised returns (section 6): one Bernoulli draw per pair and agent.
-    returns (N, A), pairs (M, 2) -> labels (M, A) in +-1, mean and standard deviation (A,) of the returns."""
+def draw_labels(true_rewards, pairs, args: Args, generator) -> tuple[torch.Tensor, ...]:
+    """Bradley-Terry labels over standardised returns (section 6): one Bernoulli draw per pair and agent, of
+    an annotator that may err in ways of B-Pref (Lee et al. 2021). true_rewards (N, T, A), pairs (M, 2) ->
+    labels (M, A), or (M, 1) for the team, in -1, 0, +1; mean and standard deviation (A or 1,) of the returns
+    that the annotator saw."""
+    horizon = true_rewards.shape[1]
+    weights = args.myopia ** torch.arange(horizon - 1, -1, -1, device=true_rewards.device)
+    returns = (true_rewards * weights[:, None]).sum(dim=1)  # (N, A)
+    if args.team_labels:
+        returns = returns.mean(dim=1, keepdim=True)
     mean, std = returns.mean(dim=0), returns.std(dim=0, correction=0)
     standardized = (returns - mean) / std.clamp(min=1e-8)
     difference = standardized[pairs[:, 0]] - standardized[pairs[:, 1]]
     uniform = torch.rand(difference.shape, generator=generator, device=returns.device)
-    prefers_first = uniform < torch.sigmoid(steepness * difference)
-    return torch.where(prefers_first, 1, -1).to(torch.int8), mean, std
+    prefers_first = uniform < torch.sigmoid(args.steepness * difference)
+    errs = torch.rand(difference.shape, generator=generator, device=returns.device) < args.mistakes
+    labels = torch.where(prefers_first ^ errs, 1, -1) * (difference.abs() >= args.ties)
+    return labels.to(torch.int8), mean, std
 
 
 # --- shared block: rollout ---
@@ -514,7 +533,7 @@ def set_up(args) -> torch.device:
     """Check the numbers, apply --num-threads, --seed, --deterministic -> the device that --device names."""
     for field in fields(args):
         value, low = getattr(args, field.name), 1 if field.type == "int" and field.name != "seed" else 0
-        high = 1 if field.name in ("gamma", "td_lambda", "epsilon", "keep") else 2**31 - 1
+        high = 1 if field.name in ("gamma", "td_lambda", "epsilon", "keep", "mistakes", "myopia") else 2**31
         if field.type in ("int", "float") and not low <= value <= high:
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be from {low} to {high}")
     torch.set_num_threads(args.num_threads)
@@ -643,9 +662,10 @@ def main(args: Args) -> None:
         try:
             with np.load(path, allow_pickle=False) as file:
                 meta = dict(json.loads(str(file["meta"])))
-            stored = {"args": dict(meta["args"]), "meta": meta}
+            defaults = {name: getattr(Args, name) for name in ANNOTATOR_ARGS}  # stored only where changed
+            stored = {"args": defaults | dict(meta["args"]), "meta": meta}
         except Exception as error:
-            raise UserError(f"{path}: no dataset of this script ({error!r:.80}); delete it") from None
+            raise UserError(f"{path}: no dataset of this script ({error!r:.80}); rename it") from None
         check_same(path, stored, vars(args), sources)
         print(f"{path}: already there, with these settings")
         return
@@ -656,16 +676,20 @@ def main(args: Args) -> None:
     generator = torch.Generator(device).manual_seed(args.seed + 1)
     returns = data["true_rewards"].sum(dim=1)  # (N, A)
     pairs = draw_pairs(args.num_trajectories, args.pairs_per_trajectory, generator)
-    labels, mean, std = draw_labels(returns, pairs, args.steepness, generator)
+    labels, mean, std = draw_labels(data["true_rewards"], pairs, args, generator)
 
+    changed = {name: getattr(args, name) for name in ANNOTATOR_ARGS}
+    changed = {name: value for name, value in changed.items() if value != getattr(Args, name)}
+    # The truth predicts labels best only where it drew them: train_reward.py looks for the steepness.
+    is_bradley_terry = changed.keys() <= {"team_labels"}
     meta = {
         "format": 1,
         "env": args.env,
         "num_actions": game.num_actions,
         "num_agents": game.num_agents,
         "horizon": game.horizon,
-        "args": {name: getattr(args, name) for name in DATASET_ARGS},
-        "steepness": args.steepness,
+        "args": {name: getattr(args, name) for name in DATASET_ARGS} | changed,
+        **({"steepness": args.steepness} if is_bradley_terry else {}),
         "return_mean": mean.tolist(),
         "return_std": std.tolist(),
         "sources": sources,

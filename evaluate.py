@@ -632,7 +632,7 @@ def set_up(args) -> torch.device:
     """Check the numbers, apply --num-threads, --seed, --deterministic -> the device that --device names."""
     for field in fields(args):
         value, low = getattr(args, field.name), 1 if field.type == "int" and field.name != "seed" else 0
-        high = 1 if field.name in ("gamma", "td_lambda", "epsilon", "keep") else 2**31 - 1
+        high = 1 if field.name in ("gamma", "td_lambda", "epsilon", "keep", "mistakes", "myopia") else 2**31
         if field.type in ("int", "float") and not low <= value <= high:
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be from {low} to {high}")
     torch.set_num_threads(args.num_threads)

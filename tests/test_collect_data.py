@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 import collect_data
+import train_reward
 from collect_data import Args, draw_pairs, make_game, spread
 
 BLOCK = collect_data.BLOCK_SIZE
@@ -172,6 +173,58 @@ def test_labels_follow_the_bradley_terry_probability(spread_data):
         assert (chosen.sum(axis=0) > 200).all()
 
 
+@pytest.mark.parametrize("ties", [0.0, 0.5])
+@pytest.mark.parametrize("mistakes", [0.0, 0.1, 1.0])
+def test_an_annotator_that_errs(mistakes, ties, spread_data):
+    """Flags change the answers that they are about, and draw no other numbers for the rest."""
+    arrays, meta = load(spread_data)
+    rewards, pairs = torch.from_numpy(arrays["true_rewards"]), torch.from_numpy(arrays["pairs"])
+    plain, labels = (
+        collect_data.draw_labels(rewards, pairs, args, torch.Generator().manual_seed(2))[0]
+        for args in (Args(), Args(mistakes=mistakes, ties=ties))
+    )
+    standardized = (rewards.sum(dim=1) - torch.tensor(meta["return_mean"])) / torch.tensor(meta["return_std"])
+    difference = standardized[pairs[:, 0]] - standardized[pairs[:, 1]]
+    sure = (difference.abs() - ties).abs() > 1e-4  # of its side of the limit, for all rounding
+    assert ((labels == 0) == (difference.abs() < ties))[sure].all()
+    flipped = (labels == -plain)[labels != 0].float().mean().item()
+    assert flipped == pytest.approx(mistakes, abs=0.01)
+
+
+def test_a_myopic_annotator_and_one_that_judges_the_team():
+    """Agent 0 earns early in the first trajectory, agent 1 half as much late in the second."""
+    rewards = torch.zeros(2, 3, 2)
+    rewards[0, 0, 0], rewards[1, 2, 1] = 4.0, 2.0
+    cases = [({}, [1, -1]), ({"team_labels": True}, [1]), ({"team_labels": True, "myopia": 0.75}, [1])]
+    cases += [({"team_labels": True, "myopia": 0.7}, [-1]), ({"myopia": 0.0}, [0, -1])]
+    for flags, wanted in cases:  # 4 * 0.75 ** 2 > 2 > 4 * 0.7 ** 2
+        args = Args(steepness=1e6, ties=1e-3, **flags)
+        labels, mean, _ = collect_data.draw_labels(rewards, torch.tensor([[0, 1]]), args, torch.Generator())
+        assert labels.tolist() == [wanted] and mean.shape == (len(wanted),)
+
+
+@pytest.mark.parametrize("flags", [{"team_labels": True}, {"mistakes": 0.1}, {"ties": 0.1}, {"myopia": 0.9}])
+def test_what_the_truth_would_predict_is_told_only_of_annotators_that_follow_it(flags, tmp_path):
+    args = Args(num_trajectories=512, data_path=str(tmp_path / "dataset.npz"), device="cpu", **flags)
+    collect_data.main(args)
+    arrays, meta = load(args.data_path)
+    assert flags.items() <= meta["args"].items()
+    rewards, pairs = torch.from_numpy(arrays["true_rewards"]), torch.from_numpy(arrays["pairs"]).long()
+    test = torch.arange(512)[None], pairs[None], torch.from_numpy(arrays["labels"]).float()[None]
+    metrics = train_reward.compare_with_truth(rewards, rewards, test, meta, train_reward.Args())
+    if "team_labels" not in flags:
+        assert "reward/bayes_nll" not in metrics
+    else:
+        assert arrays["labels"].shape == (5120, 1) and set(arrays["labels"][:, 0]) == {-1, 1}
+        returns = rewards.sum(dim=1).mean(dim=1)
+        logits = 5 * (returns[pairs[:, 0]] - returns[pairs[:, 1]]) / returns.std(correction=0)
+        nll = torch.nn.functional.softplus(-logits * test[2][0, :, 0]).mean().item()
+        assert metrics["reward/bayes_nll"] == pytest.approx(nll, rel=1e-4)
+    args.mistakes = 0.3
+    with pytest.raises(collect_data.UserError, match=r"--mistakes 0.\d? there, 0.3 here"):
+        collect_data.main(args)
+
+
 def test_seeds_and_a_finished_dataset(tmp_path, capsys, monkeypatch):
     paths = [tmp_path / name / "dataset.npz" for name in ("a", "b", "other-seed")]
     for path, seed in zip(paths, (3, 3, 4), strict=True):
@@ -212,6 +265,8 @@ MISTAKES = [
     ({"num_trajectories": 0}, "--num-trajectories 0: must be from 1"),
     ({"pairs_per_trajectory": 0}, "--pairs-per-trajectory 0: must be from 1"),
     ({"epsilon": 1.5}, "--epsilon 1.5: must be from 0 to 1"),
+    ({"mistakes": 1.1}, "--mistakes 1.1: must be from 0 to 1"),
+    ({"myopia": -0.1}, "--myopia -0.1: must be from 0 to 1"),
     ({"steepness": float("nan")}, "--steepness nan: must be from 0"),
     ({"seed": -1}, "--seed -1: must be from 0"),
     ({"device": "tpu"}, "--device tpu: cannot be used"),
