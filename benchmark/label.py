@@ -111,7 +111,7 @@ def export(path: Path, data_path: Path, labels: dict, checksum: str, meta: dict)
     rows = [(pair, x) for pair, by in given.items() for x in zip(*(by[i] for i in agents), strict=False)]
     if not rows or path.exists():
         raise UserError(f"{path}: is there" if rows else "no pair is judged for the team or for every agent")
-    about = {"dataset": checksum, "rows": len(rows), "answers": Counter(annotator for annotator, *_ in told)}
+    about = {"dataset": checksum, "rows": len(rows), "answers": dict(Counter(x for x, *_ in told))}
     about |= {"skipped": len(labels) - len(told), "unused": len(told) - len(rows) * len(agents)}
     about["agreement"] = krippendorff_alpha([answers for by in given.values() for answers in by.values()])
     meta = {key: meta[key] for key in ("format", "env", "num_actions")} | {"labels": about}

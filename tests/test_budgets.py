@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 
 LINES = {"vdn_rlhf.py": 650, "train_reward.py": 520, "train_bc.py": 450, "collect_data.py": 720}
-LINES |= {"evaluate.py": 760, "README.md": 220, "benchmark/*.py benchmark/*.sh": 3000, "tests/**/*.py": 3600}
+LINES |= {"evaluate.py": 760, "README.md": 220, "benchmark/*.py benchmark/*.sh": 3000, "tests/**/*.py": 3850}
+LINES |= {"benchmark/label.py": 200, "benchmark/label.html": 180}
 
 
 def count_lines(patterns: str) -> int:
