@@ -3,16 +3,14 @@ label.py's page in headless Chromium: a round of labels without people.
 Usage: python benchmark/label_round.py --env spread --num-pairs 300"""
 
 import importlib.util
+import random
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import torch
 
 from train_reward import UserError, load_dataset, run_command_line
 
@@ -30,37 +28,35 @@ def open_browser():
     if None in paths or not importlib.util.find_spec("selenium"):
         raise UserError("needs `apt-get install chromium chromium-driver` and `pip install selenium`")
     webdriver = importlib.import_module("selenium.webdriver")
-    options, names = webdriver.ChromeOptions(), "headless=new no-sandbox disable-gpu disable-dev-shm-usage"
+    options, no_network = webdriver.ChromeOptions(), "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
     options.binary_location = paths[0]
-    for name in (*names.split(), "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):  # no network
+    for name in ("headless=new", "no-sandbox", "disable-dev-shm-usage", no_network):
         options.add_argument(f"--{name}")
     return webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
 
 
 def wait_for_pair(browser, before: str = "") -> str:
     """The pair that the page shows, "12,40" or "done", as soon as it is another than `before`."""
-    for _ in range(1500):
-        if (pair := browser.execute_script("return document.body.dataset.pair ?? ''")) not in ("", before):
-            return pair
-        time.sleep(0.01)
-    raise UserError(f"the page stays at {before}: {browser.find_element('id', 'message').text}")
+    look = "const now = document.body.dataset.pair; now && now !== before ? tell(now) : setTimeout(look, 5);"
+    script = f"const [before, tell] = arguments, look = () => {{ {look} }}; look();"
+    return browser.execute_async_script(script, before)
 
 
 def main(args: Args) -> None:
-    path, pair = Path(f"runs/{args.env}/diversified/dataset.npz"), ""
+    path, draw, pair = Path(f"runs/{args.env}/diversified/dataset.npz"), random.Random(1).random, ""
     rewards = load_dataset(path, args.env, ("actions", "true_rewards"))[0]["true_rewards"]
-    returns = rewards.sum(dim=1).mean(dim=1)  # (N,)
-    logits, browser = 5 * returns / returns.std(correction=0), open_browser()
-    words = [f"--env={args.env}", f"--num-pairs={args.num_pairs}", "--annotator=simulated", "--port=0"]
-    command = [sys.executable, str(Path(__file__).with_name("label.py")), *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        browser.get(server.stdout.readline().split()[0])
-        while (pair := wait_for_pair(browser, pair)) != "done":
-            first, second = logits[[int(n) for n in pair.split(",")]]
-            key = "\ue012" if torch.rand(()) < torch.sigmoid(first - second) else "\ue014"  # left or right
-            browser.find_element("tag name", "body").send_keys(key)
-        browser.quit()
-        server.terminate()
+    logits, browser = 5 * (x := rewards.sum(dim=1).mean(dim=1)) / x.std(correction=0), open_browser()
+    words = f"--env={args.env} --num-pairs={args.num_pairs} --annotator=simulated --port=0".split()
+    command = [sys.executable, Path(__file__).with_name("label.py"), *words]
+    with browser, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            browser.get(server.stdout.readline().split()[0])
+            while (pair := wait_for_pair(browser, pair)) != "done":
+                first, second = logits[[int(n) for n in pair.split(",")]]
+                key = "\ue012" if draw() < (first - second).sigmoid() else "\ue014"  # left or right
+                browser.find_element("tag name", "body").send_keys(key)
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":
