@@ -51,10 +51,10 @@ def serve():
 def test_the_page_draws_what_happened(env, serve, browser, tmp_path):
     """Four episodes of random play, on a phone: positions as in the environment, whatever agents observe."""
     game, path, generator = collect_data.make_game(env), tmp_path / "x.npz", torch.Generator().manual_seed(0)
-    world, states = collect_data.ParticleEnv(game, 4), []
+    world, bodies = collect_data.ParticleEnv(game, 4), []
 
     def act(observations, step):
-        states.append((world.positions.clone(), world.words.clone() if game.num_words else None))
+        bodies.append(world.positions.clone())
         return torch.randint(game.num_actions, observations.shape[:2], generator=generator)
 
     observations, actions, _ = collect_data.rollout(world, act, world.reset(generator))
@@ -65,17 +65,15 @@ def test_the_page_draws_what_happened(env, serve, browser, tmp_path):
     browser.get(serve(f"--env={env}", f"--data-path={path}", "--agent=1")[1])
     n = int(wait_for_pair(browser).split(",")[0])
     scene = browser.execute_script(f"return load({n})")
-    bodies, landmarks = np.stack([x[..., n] for x, _ in states]), world.landmarks[..., n].numpy()
-    if env == "reference":  # nobody sees the origin
-        bodies, landmarks = bodies - landmarks.mean(axis=0), landmarks - landmarks.mean(axis=0)
-        assert (
-            scene["goals"] == world.goals[:, n].flip(0).tolist()
-        )  # goals[i]: where i is to send its partner
-        words = [words[..., n].argmax(dim=1).tolist() for _, words in states]
-        assert scene["words"][:25] == [[-1, -1], *words[1:]]
-    agents = np.array(scene["agents"])[:25]
-    seen = agents if env != "tag" else np.concatenate([agents, np.array(scene["prey"])[:25, None]], axis=1)
-    np.testing.assert_allclose(seen, bodies, atol=2e-3)
+    bodies, landmarks = torch.stack(bodies)[..., n], world.landmarks[..., n]
+    if env == "reference":  # nobody sees the origin; goals and words are known to the partner
+        bodies, landmarks = bodies - landmarks.mean(dim=0), landmarks - landmarks.mean(dim=0)
+        assert scene["goals"] == world.goals[:, n].flip(0).tolist()
+        assert scene["words"] == [[-1, -1], *(actions[n] // 5).tolist()]
+    seen = np.array(scene["agents"])
+    if env == "tag":
+        seen = np.concatenate([seen, np.array(scene["prey"])[:, None]], axis=1)
+    np.testing.assert_allclose(seen[:25], bodies, atol=2e-3)
     np.testing.assert_allclose(scene["landmarks"], landmarks, atol=2e-3)
     drawn = "$$('canvas'), (c) => c.getContext('2d').getImageData(0, 0, c.width, c.width).data.some(Boolean)"
     assert browser.execute_script(f"return Array.from({drawn})") == [True, True]
@@ -96,7 +94,8 @@ def test_answers_by_keys_and_mouse_survive_a_kill(serve, browser, spread_data, t
         else:
             browser.find_element("tag name", "body").send_keys(KEYS[key])
         before, pair = pair, wait_for_pair(browser, pair)
-        expected.update({before: VALUES[key]} if key in VALUES else {pair: ...})
+        if key in VALUES:
+            expected[before] = VALUES[key]
 
     for index, key in enumerate(("ArrowLeft", "ArrowDown", "ArrowRight", "s", "Backspace", "ArrowRight")):
         press(key, mouse=index % 2)
@@ -132,11 +131,11 @@ def test_answers_by_keys_and_mouse_survive_a_kill(serve, browser, spread_data, t
 
 def test_pictures_of_an_unknown_game_and_who_may_ask(serve, made_up_data, browser, tmp_path):
     Image, path = pytest.importorskip("PIL.Image"), tmp_path / "labels.jsonl"
-    images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
-    images[0].save(tmp_path / "7.gif", save_all=True, append_images=images[1:])
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    red.save(tmp_path / "7.gif", save_all=True, append_images=[blue])
     (tmp_path / "11").mkdir()
-    for number, image in enumerate(images, 9):
-        image.save(tmp_path / "11" / f"{number}.png")
+    red.save(tmp_path / "11/9.png")
+    blue.save(tmp_path / "11/10.png")
     words = ["--env=made-up", f"--data-path={made_up_data}", f"--frames={tmp_path}", f"--labels-path={path}"]
     url = serve(*words)[1]
     browser.get(url)
@@ -163,7 +162,7 @@ def test_pictures_of_an_unknown_game_and_who_may_ask(serve, made_up_data, browse
     assert path.read_bytes() == b""
     own = {"Origin": f"http://{host}"}
     assert [ask("POST", f"/{token}/answer", body, **own) for _ in range(2)] == [200, 500]  # of two windows
-    assert [json.loads(line)["pair"] for line in path.read_text().splitlines()] == [pair]
+    assert path.read_text().count("\n") == 1
 
 
 LINE = {"dataset": "c", "annotator": "a", "agent": None, "pair": [0, 1], "answer": 1, "milliseconds": 9}
@@ -200,10 +199,7 @@ def test_answers_about_single_agents_are_exported_where_all_are_judged(made_up_d
         data, new, _ = train_reward.load_dataset(tmp_path / name, "made-up", ("actions", "pairs", "labels"))
         assert data["labels"].tolist() == rows and data["pairs"].tolist() == [[4, 5] if team else [0, 1]]
         assert new["labels"]["unused"] == (6 if team else 2)
-    for path, given, problem in (
-        ("a", labels, "a: is there"),
-        ("c", {}, "no pair is judged for the team or"),
-    ):
+    for path, given, problem in (("a", labels, "a: is there"), ("c", {}, "no pair is judged for the team")):
         with pytest.raises(label.UserError, match=problem):
             label.export(tmp_path / path, made_up_data, given, "c", meta)
 
