@@ -204,12 +204,12 @@ def vdn_loss(q, target_q, actions, rewards, gamma: float, td_lambda: float) -> t
     """Mean squared TD error of Q_tot = sum_i Q_i over whole episodes. Q-values of the online and the target
     network (B, T, A, num_actions), actions (B, T, A), team rewards (B, T). Double Q-learning: the online
     network chooses the next action, the target network values it."""
-    actions = actions[..., None]
+    taken = F.one_hot(actions, q.shape[-1])  # a CUDA graph holds no deterministic gradient of gather
     with torch.no_grad():
         values = target_q.gather(-1, q.argmax(dim=-1, keepdim=True)).sum(dim=(-2, -1))  # (B, T)
-        chosen_values = target_q.gather(-1, actions).sum(dim=(-2, -1))
+        chosen_values = (target_q * taken).sum(dim=-1).sum(dim=-1)
         targets = q_lambda_targets(rewards, values, chosen_values, gamma, td_lambda)
-    return (q.gather(-1, actions).sum(dim=(-2, -1)) - targets).square().mean()
+    return ((q * taken).sum(dim=-1).sum(dim=-1) - targets).square().mean()
 
 
 def main(args: Args) -> None:
@@ -266,7 +266,7 @@ def main(args: Args) -> None:
     batches = torch.randint(len(actions), (args.num_updates, args.batch_size)).to(device)
     shape = {"sizes": (*sizes, T), "network": args.network, "hidden_dim": args.hidden_dim}
     online = AgentNetwork(**shape).to(device)
-    target = copy.deepcopy(online).requires_grad_(False)
+    target = copy.deepcopy(online).to(device).requires_grad_(False)  # to(): packs a copied GRU's weights
     policy = VDNPolicy(online, reference, args.beta if args.known_kl else 0.0)
     lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
     optimizer = torch.optim.Adam(online.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)

@@ -1,21 +1,27 @@
 """How fast every stage is: environment steps, collection, and gradient steps of reward model, BC and VDN with
-default settings, a GRU beside the MLP. The trainers run as their own main() does, on random data of the size
-of spread (speed does not depend on the numbers), and report the rate themselves. Writes
-benchmark/results/speed-<device>.md; leave the machine alone meanwhile.
+default settings, a GRU beside the MLP; on CUDA as they are and captured as one graph. The updates are those
+that main() of each trainer builds, on random data of the size of spread (speed does not depend on the
+numbers). On a CPU, where JAX is installed (python -m pip install jax), a jit-compiled JAX learner of the same
+work as VDN's takes turns with it. Writes benchmark/results/speed-<device>.md; leave the machine alone.
 
 Usage: python benchmark/speed.py --device cpu
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -29,47 +35,62 @@ import train_reward
 import vdn_rlhf
 from collect_data import BLOCK_SIZE, ParticleEnv, draw_pairs, make_game, save_file
 
-NUM_BLOCKS = 10  # of random data: 2,560 trajectories
+NUM_BLOCKS, ROUNDS = 10, 5  # of random data: 2,560 trajectories; times that a rate is measured
 
 
 @dataclass
 class Args:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """what to measure; on cpu one thread"""
+    """what to measure; on cpu one core"""
     seconds: float = 10.0
     """about how long to measure each rate"""
+    only: str = ""
+    """only rows whose name has this in it"""
     result_path: str = ""
     """where to write, instead of benchmark/results/speed-<device>.md"""
 
 
-def steps_per_second(name: str, num_envs: int, args: Args) -> float:
-    """A step is actions in, physics, rewards and observations out."""
+def rates(runs: list, args: Args, unit=1.0) -> list[list[float]]:
+    """How often each of `runs` can be called per second, times `unit`: ROUNDS values each, in turns, because
+    the clock of a machine changes; a first round warms up."""
+    measured, burst = [[] for _ in runs], 100 if args.device == "cuda" else 2
+    for _ in range(ROUNDS + 1):
+        for run, results in zip(runs, measured, strict=True):
+            count, start = 0, time.perf_counter()
+            while not count or time.perf_counter() - start < args.seconds / ROUNDS:
+                for _ in range(burst):
+                    run()
+                if args.device == "cuda":
+                    torch.cuda.synchronize()
+                count += burst
+            results.append(unit * count / (time.perf_counter() - start))
+    return [results[1:] for results in measured]
+
+
+def play_episode(name: str, num_envs: int, args: Args):
+    """-> a function that plays one; a step is actions in, physics, rewards and observations out."""
     game, generator = make_game(name, args.device), torch.Generator(args.device).manual_seed(1)
     env = ParticleEnv(game, num_envs, args.device)
     shape = (game.horizon, num_envs, game.num_agents)
     actions = torch.randint(game.num_actions, shape, generator=generator, device=args.device)
-    episodes, start = -1, time.perf_counter()  # the first episode warms up
-    while episodes < 1 or time.perf_counter() - start < args.seconds:
+
+    def run():
         env.reset(generator)
         for step in range(game.horizon):
             env.step(actions[step])
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        episodes += 1
-        start = time.perf_counter() if episodes == 0 else start
-    return num_envs * game.horizon * episodes / (time.perf_counter() - start)
+
+    return run, num_envs * game.horizon
 
 
-def trajectories_per_second(folder: Path, args: Args) -> float:
+def trajectories_per_second(folder: Path, args: Args) -> list[float]:
     """Of the diversified mixture in spread, with policies, pairs, labels and writing; two sizes, because what
     it takes to start is not part of the rate."""
-    seconds = []
-    sizes = (BLOCK_SIZE * 10, BLOCK_SIZE * 40)
+    sizes, seconds = (BLOCK_SIZE * 10, BLOCK_SIZE * 40), []
     for size in sizes:
         start, path = time.perf_counter(), str(folder / f"{size}.npz")
         collect_data.main(collect_data.Args(num_trajectories=size, device=args.device, data_path=path))
         seconds.append(time.perf_counter() - start)
-    return (sizes[1] - sizes[0]) / (seconds[1] - seconds[0])
+    return [(sizes[1] - sizes[0]) / (seconds[1] - seconds[0])]
 
 
 def write_random_data(path: Path) -> None:
@@ -86,12 +107,90 @@ def write_random_data(path: Path) -> None:
     )
 
 
-def updates_per_second(script, output: Path, args: Args, **settings) -> float:
-    """Run the main() of a script with these flags and read the rate that it reports beside its output."""
-    folder = output.parent
-    paths = {"data_path": str(folder / "dataset.npz"), f"{output.stem.split('-')[0]}_path": str(output)}
-    script.main(script.Args(env="random-data", device=args.device, **paths, **settings))
-    return json.loads(output.with_suffix(".json").read_text())["metrics"]["speed/updates_per_second"]
+def updates(script, output: Path, args: Args, **settings) -> dict:
+    """Run main() of a script with these flags, for a few updates -> its update, as it is and captured."""
+    train, given = script.train, []
+    paths = {
+        "data_path": str(output.parent / "dataset.npz"),
+        f"{output.stem.split('-')[0]}_path": str(output),
+    }
+    with mock.patch.object(script, "train", lambda *words: given.append(words) or train(*words)):
+        script.main(script.Args(env="random-data", device=args.device, **paths, **settings))
+    _, _, _, parts, update, batches, *_ = given[0]
+    batch = itertools.cycle(batches)
+
+    def run(update=update):
+        update(next(batch))
+        parts["schedule"].step()
+
+    if args.device == "cpu":
+        return {"": run}
+    captured = script.capture(update, batches.device)
+    return {", as it is": run, ", captured": lambda: run(captured)}
+
+
+def jax_update(batch_size: int, width: int):
+    """The work of vdn_rlhf.py --network gru --hidden-dim `width` on spread, jit-compiled: two GRUs, double Q,
+    Q(lambda), clipped gradients, Adam, a target network that follows slowly."""
+    import jax
+    import jax.numpy as jnp
+
+    N, T, A, D, K = NUM_BLOCKS * BLOCK_SIZE, 25, 3, 18, 5
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.uniform(-1, 1, shape) / 8, jnp.float32)  # noqa: E731
+    layers = {"embedding": D + A, "input": width, "hidden": width, "head": width}
+    outputs = {"embedding": width, "input": 3 * width, "hidden": 3 * width, "head": K}
+    online = {name: (draw(size, outputs[name]), draw(outputs[name])) for name, size in layers.items()}
+    observations, known, rewards = draw(N, T, A, D), draw(N, T, A, K), draw(N, T)
+    actions = jnp.asarray(rng.integers(K, size=(N, T, A)))
+
+    def linear(x, layer):
+        return x @ layer[0] + layer[1]
+
+    def q_values(network, x):  # (B, T, A, D) -> (B, T, A, K)
+        x = jnp.concatenate([x, jnp.broadcast_to(jnp.eye(A), (*x.shape[:3], A))], axis=-1)
+        x = jax.nn.relu(linear(x.swapaxes(0, 1).reshape(T, -1, D + A), network["embedding"]))
+
+        def cell(h, from_input):
+            from_hidden = linear(h, network["hidden"])
+            gates = jax.nn.sigmoid(from_input[:, : 2 * width] + from_hidden[:, : 2 * width])
+            r, z = gates[:, :width], gates[:, width:]
+            h = (1 - z) * jnp.tanh(from_input[:, 2 * width :] + r * from_hidden[:, 2 * width :]) + z * h
+            return h, h
+
+        h = jax.lax.scan(cell, jnp.zeros((x.shape[1], width)), linear(x, network["input"]))[1]
+        return linear(h, network["head"]).reshape(T, -1, A, K).swapaxes(0, 1)
+
+    def loss(online, target, batch):
+        q, target_q = (q_values(network, observations[batch]) + known[batch] for network in (online, target))
+        pick = lambda q, a: jnp.take_along_axis(q, a[..., None], -1).sum((-2, -1)).T  # noqa: E731
+        values, chosen, r = pick(target_q, q.argmax(-1)), pick(target_q, actions[batch]), rewards[batch].T
+
+        def backward(target, step):  # from the last step to the first: r + 0.9 (V' + 0.8 (G' - Q'))
+            target = step[0] + 0.9 * target
+            return step[1] + 0.8 * (target - step[2]), target
+
+        targets = jax.lax.scan(backward, jnp.zeros(len(batch)), (r, values, chosen), reverse=True)[1]
+        return jnp.square(pick(q, actions[batch]) - jax.lax.stop_gradient(targets)).mean()
+
+    @jax.jit
+    def update(online, target, m, v, count, batch):
+        each, gradient = jax.tree.map, jax.grad(loss)(online, target, batch)
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
+        gradient, count = each(lambda g: g * jnp.minimum(1, 10 / (norm + 1e-6)), gradient), count + 1
+        m = each(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
+        v = each(lambda v, g: 0.999 * v + 0.001 * g * g, v, gradient)
+        root = lambda v: jnp.sqrt(v / (1 - 0.999**count)) + 1e-8  # noqa: E731
+        online = each(lambda p, m, v: p - 1e-4 * m / (1 - 0.9**count) / root(v), online, m, v)
+        return online, each(lambda t, p: t + 0.01 * (p - t), target, online), m, v, count
+
+    zeros = jax.tree.map(jnp.zeros_like, online)
+    state = [online, online, zeros, zeros, jnp.float32(0)]
+
+    def run():
+        state[:] = jax.block_until_ready(update(*state, rng.integers(N, size=batch_size)))
+
+    return run
 
 
 def describe_machine(device: str) -> str:
@@ -100,44 +199,59 @@ def describe_machine(device: str) -> str:
         return f"{torch.cuda.get_device_name()}, {versions}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"one thread of {models[0] if models else platform.machine()}, {versions}"
+    return f"one core of {models[0] if models else platform.machine()}, {versions}"
 
 
 def measure(folder: Path, args: Args):
-    """-> rows (what, rate, unit), as they are measured."""
-    for game in ("spread", "tag", "reference"):
-        for num_envs in (64, 4096, 65_536):
-            rate = steps_per_second(game, num_envs, args) / 1e6
-            yield f"{game}, {num_envs:,} environments", rate, "million steps/s"
-    yield "collection of spread", trajectories_per_second(folder, args), "trajectories/s"
+    """-> rows (what, rates, unit), as they are measured."""
+    wanted = lambda what: args.only in what  # noqa: E731
+    for game, num_envs in itertools.product(("spread", "tag", "reference"), (64, 4096, 65_536)):
+        if wanted(what := f"{game}, {num_envs:,} environments"):
+            run, steps = play_episode(game, num_envs, args)
+            yield what, rates([run], args, steps / 1e6)[0], "million steps/s"
+    if wanted("collection of spread"):
+        yield "collection of spread", trajectories_per_second(folder, args), "trajectories/s"
 
     write_random_data(folder / "dataset.npz")
-    updates = max(int(args.seconds * (1000 if args.device == "cuda" else 50)), 10)  # a guess of the rate
     models = {"reward_path": str(folder / "reward.pt"), "bc_path": str(folder / "bc.pt")}  # what VDN reads
-    epochs = max(updates // (3 * NUM_BLOCKS), 1)  # a minibatch is a block, of 256 trajectories
-    rate = updates_per_second(train_reward, folder / "reward.pt", args, max_epochs=epochs)
-    yield "reward model, 256 trajectories", rate, "updates/s"
-    rate = updates_per_second(train_bc, folder / "bc.pt", args, num_updates=updates)
-    yield "BC, 64 trajectories", rate, "updates/s"
-    for network in ("mlp", "gru"):
-        flags = {**models, "num_updates": updates, "network": network}
-        rate = updates_per_second(vdn_rlhf, folder / f"vdn-{network}.pt", args, **flags)
-        yield f"VDN, {network}, 64 trajectories", rate, "updates/s"
+    vdn = {**models, "num_updates": 20}
+    trainers = [  # a minibatch of the reward model is a block
+        ("reward model, 256 trajectories", train_reward, "reward.pt", {"max_epochs": 1}),
+        ("BC, 64 trajectories", train_bc, "bc.pt", {"num_updates": 20}),
+        ("VDN, mlp, 64 trajectories", vdn_rlhf, "vdn-mlp.pt", {**vdn, "batch_size": 64}),
+        ("VDN, gru, 64 trajectories", vdn_rlhf, "vdn-gru.pt", {**vdn, "batch_size": 64, "network": "gru"}),
+        (small := "VDN, gru of 64, 32 trajectories", vdn_rlhf, "vdn-small.pt", {}),
+    ]
+    trainers[-1][-1].update(vdn, network="gru", hidden_dim=64, batch_size=32)
+    for what, script, name, flags in trainers:
+        if wanted(what) or script is not vdn_rlhf:
+            runs = updates(script, folder / name, args, **flags)
+            if what == small and args.device == "cpu" and importlib.util.find_spec("jax"):
+                runs[", in JAX"] = jax_update(32, 64)
+            for how, results in zip(
+                runs, rates(list(runs.values()), args) if wanted(what) else (), strict=False
+            ):
+                yield what + how, results, "updates/s"
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
+    if args.device == "cpu" and hasattr(os, "sched_setaffinity"):  # one core for JAX too
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     lines = [
         f"# Speed: {describe_machine(args.device)}",
         "",
-        f"`python benchmark/speed.py --device {args.device}`, default settings. An update: a gradient step.",
+        f"`python benchmark/speed.py --device {args.device} --seconds {args.seconds:g}`, on an idle machine.",
+        f"Median and lowest of {ROUNDS} measurements (of collection: one). An update: a gradient step.",
         "",
-        "| | rate | unit |",
-        "|---|---|---|",
+        "| | median | lowest | unit |",
+        "|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for what, rate, unit in measure(Path(folder), args):
-            lines.append(f"| {what} | {rate:,.{0 if rate >= 100 else 1 if rate >= 10 else 2}f} | {unit} |")
+        for what, results, unit in measure(Path(folder), args):
+            numbers = (statistics.median(results), min(results))
+            cells = [f"{x:,.{0 if x >= 100 else 1 if x >= 10 else 2}f}" for x in numbers]
+            lines.append(f"| {' | '.join([what, *cells, unit])} |")
             print(lines[-1], flush=True)
     path = Path(args.result_path or Path(__file__).parent / "results" / f"speed-{args.device}.md")
     save_file(path, "\n".join([*lines, ""]).encode())

@@ -22,7 +22,8 @@ import collect_data
 
 ROOT = Path(__file__).parent.parent
 NO_NETWORK = ROOT / "tests" / "no_network"
-os.environ["PYTHONPATH"] = str(NO_NETWORK)  # for processes that tests start
+paths = f"{NO_NETWORK}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # for processes that tests start
+os.environ["PYTHONPATH"] = paths.rstrip(os.pathsep)
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
 torch.set_num_threads(1)
 

@@ -1,12 +1,24 @@
-"""All stages on a GPU, skipped where there is none; and, anywhere, that no update waits for the device."""
+"""All stages on a GPU, skipped where there is none (TEST_DEVICE=cpu tries these tests without one); and,
+anywhere, that updates are fit for a CUDA graph: they do not wait for the device, nor leave it, and a recorded
+one goes on as it is."""
 
 import inspect
+import os
+import signal
+import subprocess
+import sys
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once a process, for --deterministic
 
 import numpy as np
 import pytest
 import torch
-from conftest import made_up_arrays, same_weights
+from conftest import ROOT, made_up_arrays, same_weights
+from test_resume import KILLED
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import collect_data
 import evaluate
@@ -14,8 +26,11 @@ import train_bc
 import train_reward
 import vdn_rlhf
 
-DEVICE = "cuda"
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")
+needs_cuda = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
+)
+COMMON = {"env": "made-up", "device": DEVICE, "hidden_dim": 16}
 STAGES = {  # what makes it, settings
     "reward-alpha1-seed1.pt": (train_reward, {"max_epochs": 10}),
     "bc-seed1.pt": (train_bc, {"num_updates": 40}),
@@ -31,18 +46,23 @@ def leave_the_process_as_it_was():
         torch.cuda.set_stream(torch.cuda.default_stream())
 
 
+def load(path) -> dict:
+    """A checkpoint without timings."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["metrics"].pop("speed/updates_per_second")
+    return checkpoint
+
+
 def learn(folder, name: str, network="mlp", **flags) -> dict:
-    """One stage on the made-up game -> its checkpoint without timings."""
+    """One stage on the made-up game -> its checkpoint."""
     folder.mkdir(exist_ok=True)
     np.savez(folder / "dataset.npz", **made_up_arrays(200, 1000))
     module, few = STAGES[name]
-    common = {"env": "made-up", "data_path": str(folder / "dataset.npz"), "device": DEVICE, "hidden_dim": 16}
+    common = {"data_path": str(folder / "dataset.npz"), **COMMON}
     if module is not train_bc:
         common["network"] = network
     module.main(module.Args(**common | few | flags))
-    checkpoint = torch.load(folder / name, weights_only=True)
-    checkpoint["metrics"].pop("speed/updates_per_second")
-    return checkpoint
+    return load(folder / name)
 
 
 def assert_close(a: dict, b: dict) -> None:
@@ -62,20 +82,21 @@ def test_captured_updates_equal_those_as_they_are(network, tmp_path, monkeypatch
 
 
 @needs_cuda
-def test_stopped_and_resumed_equals_never_stopped(tmp_path, monkeypatch):
-    """In particular the learning rate goes on to fall in the graph that is recorded anew."""
-    for name, (module, _) in STAGES.items():
-
-        def stop(path, kind, args, meta, *rest, save_checkpoint=module.save_checkpoint):
-            save_checkpoint(path, kind, args, meta, *rest)
-            if meta.get("update") == 10:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, "save_checkpoint", stop)
-            learn(tmp_path / "stopped", name, checkpoint_every=5)
-        resumed = learn(tmp_path / "stopped", name, checkpoint_every=5, resume=True)
-        assert_close(resumed, learn(tmp_path / "never stopped", name))
+def test_killed_and_resumed_equals_never_stopped(tmp_path):
+    """The state of Adam comes back from the CPU, and the learning rate goes on to fall in the graph that is
+    recorded anew."""
+    folder = tmp_path / "made-up"
+    for name in STAGES:
+        learn(folder, name, checkpoint_every=10)
+    for name, (module, few) in STAGES.items():
+        finished = load(folder / name)
+        (folder / name).unlink()
+        flags = {"data_path": folder / "dataset.npz", **COMMON, **few, "checkpoint_every": 10}
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
+        command = [sys.executable, "-c", KILLED.format(module=module.__name__), *words]
+        killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert_close(learn(folder, name, checkpoint_every=10, resume=True), finished)
 
 
 @needs_cuda
@@ -110,41 +131,137 @@ def test_physics_equal_the_cpu(game):
             torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-9)
 
 
-class NoWaiting(TorchDispatchMode):
+class FitForAGraph(TorchDispatchMode):
     """Fails at what makes a GPU's host wait: numbers and shapes that depend on values, copies to the host."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
-        indices = [x for x in args[1] if x is not None] if name.startswith("index") and len(args) > 1 else []
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"), name
-        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in indices), (
-            "index by mask"
-        )
-        assert kwargs.get("device") is None or name != "_to_copy", "copy to another device"
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+        assert name not in waiting, "waits for the device"
+        indices = tree_leaves(args[1:2]) if name.startswith(("index", "_index")) else []
+        masks = [x for x in indices if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+        assert not masks, "waits for the device: index by mask"
+        result, given = function(*args, **kwargs), tree_leaves((args, kwargs))
+        devices = {x.device for x in (*given, *tree_leaves(result)) if isinstance(x, torch.Tensor)}
+        assert len(devices) < 2, "leaves the device"
+        return result
+
+
+class ExplicitDevices(TorchFunctionMode):
+    """Fails at a new tensor without a device, which would be one of the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert function not in _device_constructors() or kwargs.get("device") is not None, "leaves the device"
         return function(*args, **kwargs)
 
 
 def one_hot(x, num_classes):
     """Without the check of the values, as torch.nn.functional.one_hot on CUDA."""
-    return torch.zeros(*x.shape, num_classes, dtype=torch.long).scatter_(-1, x[..., None], 1)
+    return torch.zeros(*x.shape, num_classes, dtype=torch.long, device=x.device).scatter_(-1, x[..., None], 1)
+
+
+def learn_with(change, folder, name, network, monkeypatch, **flags) -> None:
+    """learn() on the CPU, of which change(parts, update, batches) makes another update."""
+    module = STAGES[name][0]
+    signature, train = inspect.signature(module.train), module.train
+
+    def changed(*words):
+        bound = signature.bind(*words)
+        bound.arguments["update"] = change(*(bound.arguments[x] for x in ("parts", "update", "batches")))
+        return train(*bound.args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", changed)
+        learn(folder, name, network, device="cpu", num_threads=1, **flags)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Folders of all stages as they are, by network."""
+    folders = {network: tmp_path_factory.mktemp(network) for network in ("mlp", "gru")}
+    for network, folder in folders.items():
+        for name in STAGES:
+            learn(folder, name, network, device="cpu", num_threads=1)
+    return folders
 
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
-def test_no_update_waits_for_the_device(network, tmp_path, monkeypatch):
+def test_updates_stay_on_the_device_and_do_not_wait_for_it(network, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
+
+    def watch(parts, update, batches):
+        lr = parts["optimizer"].param_groups[0]["lr"]
+        address, before = lr.data_ptr(), lr.item()
+        for batch in batches[:3]:
+            with FitForAGraph():
+                with ExplicitDevices():
+                    update(batch)
+                parts["schedule"].step()
+        assert parts["optimizer"].param_groups[0]["lr"] is lr and lr.data_ptr() == address
+        assert lr.item() < before, "a graph reads the learning rate where it was"
+        return update
+
+    for name in STAGES:
+        learn_with(watch, tmp_path / "made-up", name, network, monkeypatch)
+
+
+MISTAKES = [lambda x: x.item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: 1 if x > 0 else 0]
+MISTAKES += [lambda x: x.to("meta"), lambda x: torch.arange(3), lambda x: x + torch.tensor(1.0)]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_an_update_must_not_do_is_seen(mistake, learned, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
+    real_loss = vdn_rlhf.vdn_loss
+    monkeypatch.setattr(vdn_rlhf, "vdn_loss", lambda *x: (real_loss(*x), mistake(x[0].detach().sum()))[0])
+
+    def watch(parts, update, batches):
+        with pytest.raises(AssertionError, match="the device"), FitForAGraph(), ExplicitDevices():
+            update(batches[0])
+        raise InterruptedError
+
+    name, other = "vdn-beta1-alpha1-seed1.pt", str(tmp_path / "other.pt")
+    with pytest.raises(InterruptedError):
+        learn_with(watch, learned["mlp"], name, "mlp", monkeypatch, vdn_path=other)
+
+
+class RecordedOnCPU(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph: it records each operation with the memory it reads and writes, undoes
+    what the recording itself has done, and replays into the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before += [(x, x.clone()) for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        with torch.no_grad():
+            for tensor, value in reversed(self.before):
+                tensor.copy_(value)
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # else a view
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_a_recorded_update_goes_on_as_it_is(network, learned, tmp_path, monkeypatch):
+    nothing = dict.fromkeys(("synchronize", "set_stream", "Stream"), lambda *_: None)
+    for name, fake in {"CUDAGraph": RecordedOnCPU, "graph": lambda graph: graph, **nothing}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
     for name, (module, _) in STAGES.items():
-        signature, train, seen = inspect.signature(module.train), module.train, []
-
-        def watched(*words, signature=signature, train=train, seen=seen):
-            arguments = signature.bind(*words).arguments
-            for batch in arguments["batches"][:3]:
-                with NoWaiting():
-                    seen.append(arguments["update"](batch))
-                    arguments["parts"]["schedule"].step()
-            return train(*words)
-
-        monkeypatch.setattr(module, "train", watched)
-        learn(tmp_path / "made-up", name, network, device="cpu", num_threads=1)
-        assert len(seen) == 3
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
-        torch.ones(1).item()
+        record = lambda _, update, batches: module.capture(update, batches.device)  # noqa: B023, E731
+        learn_with(record, tmp_path / "recorded", name, network, monkeypatch)
+        assert same_weights(tmp_path / "recorded" / name, learned[network] / name)
