@@ -78,7 +78,7 @@ class AgentNetwork(nn.Module):
             self.body = nn.Sequential(*[layer for s in shapes for layer in (nn.Linear(*s), nn.ReLU())])
         else:
             self.embedding = nn.Linear(D + A, width)
-            self.body = nn.GRU(width, width, batch_first=True)
+            self.body = nn.GRU(width, width)
         self.head = nn.Linear(width, num_actions)
 
     def forward(self, observations, first_step=0, memory=None):
@@ -91,9 +91,9 @@ class AgentNetwork(nn.Module):
             x = self.body(torch.cat([*x, steps[:, None, None].expand(B, T, A, 1)], dim=-1))
         else:
             x = F.relu(self.embedding(torch.cat(x, dim=-1)))
-            x = x.transpose(1, 2).flatten(0, 1)  # every agent is a sequence of its own: (B * A, T, width)
+            x = x.transpose(0, 1).flatten(1, 2)  # every agent is a sequence of its own: (T, B * A, width)
             x, memory = self.body(x, memory)
-            x = x.unflatten(0, (B, A)).transpose(1, 2)
+            x = x.unflatten(1, (B, A)).transpose(0, 1)
         return self.head(x), memory
 
 

@@ -110,7 +110,7 @@ class RewardNetwork(nn.Module):
         self.observation_embedding = nn.Linear(D * A if input == "joint" else D, H)
         self.action_embedding = nn.Linear(A + num_actions, H, bias=False)  # of one-hot id and action
         layers = [layer for _ in range(3) for layer in (nn.Linear(H, H), nn.ReLU())]
-        self.body = nn.GRU(H, H, batch_first=True) if network == "gru" else nn.Sequential(*layers)
+        self.body = nn.GRU(H, H) if network == "gru" else nn.Sequential(*layers)
         self.head = nn.Linear(H, 1)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class RewardNetwork(nn.Module):
         x = self.action_embedding(torch.cat([ids, one_hot], dim=-1))
         x = F.relu(x + self.observation_embedding(observations))  # (B, T, A, H)
         if self.network == "gru":  # every agent of every trajectory is a sequence of its own
-            x = self.body(x.transpose(1, 2).flatten(0, 1))[0].unflatten(0, (B, A)).transpose(1, 2)
+            x = self.body(x.transpose(0, 1).flatten(1, 2))[0].unflatten(1, (B, A)).transpose(0, 1)
         else:
             x = self.body(x)
         return self.head(x).squeeze(-1)

@@ -3,7 +3,8 @@
 # a time limit and a log in OUT, and the next part follows whatever happens. WHEELS: a folder of packages that the machine lacks.
 #
 #   bash benchmark/gpu.sh OUT [WHEELS]
-#   DEVICE=cpu SCALE=smoke bash benchmark/gpu.sh OUT     tries all of it, small, without a GPU
+#   PARTS=45 bash benchmark/gpu.sh OUT                   two of its parts
+#   DEVICE=cpu SCALE=smoke bash benchmark/gpu.sh OUT     tries all of it, small, without a GPU; SLOWER=20: where others work
 set -uo pipefail
 mkdir -p "$1" && OUT=$(realpath "$1") work=$(mktemp -d)
 wheels=${2:+$(realpath "$2")}
@@ -16,13 +17,15 @@ mkdir bin && printf '#!/bin/sh\nexec python3 "$@"\n' >bin/python && chmod +x bin
 command -v python >/dev/null || export PATH=$PATH:$work/bin
 
 export OUT DEVICE=${DEVICE:-cuda} SCALE=${SCALE:-paper} OMP_NUM_THREADS=1 TQDM_MININTERVAL=30
-processes=8 seconds=3 slower=1 few= first=true games="spread reference" # tag has 50,000 updates of a GRU
+processes=8 seconds=3 slower=${SLOWER:-1} few= first=true games="spread reference" # tag has 50,000 updates of a GRU
 if [ "$SCALE" = smoke ]; then
-  processes=2 seconds=0.01 slower=5 few="--num-updates 20" games=spread
+  export MIXTURES=diversified
+  processes=2 seconds=0.01 slower=${SLOWER:-5} few="--num-updates 20" games=spread
   first="python collect_data.py --num-trajectories 2560 && python train_reward.py --max-epochs 1 && python train_bc.py $few"
 fi
 
 part() { # name, seconds, command line
+  [[ ${PARTS:-123456} == *${1%%-*}* ]] || return 0
   local start=$SECONDS status=0
   timeout -k 5 $(($2 * slower)) bash -c "$3" >"$OUT/$1.log" 2>&1 || status=$?
   echo "$1: status $status after $((SECONDS - start)) s" | tee -a "$OUT/parts.txt"

@@ -53,7 +53,7 @@ class Args:
 def rates(runs: list, args: Args, unit=1.0) -> list[list[float]]:
     """How often each of `runs` can be called per second, times `unit`: ROUNDS values each, in turns, because
     the clock of a machine changes; a first round warms up."""
-    measured, burst = [[] for _ in runs], 100 if args.device == "cuda" else 2
+    measured, burst = [[] for _ in runs], 100 if args.device == "cuda" else 1
     for _ in range(ROUNDS + 1):
         for run, results in zip(runs, measured, strict=True):
             count, start = 0, time.perf_counter()

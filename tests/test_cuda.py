@@ -161,49 +161,28 @@ def one_hot(x, num_classes):
     return torch.zeros(*x.shape, num_classes, dtype=torch.long, device=x.device).scatter_(-1, x[..., None], 1)
 
 
-def learn_with(change, folder, name, network, monkeypatch, **flags) -> None:
-    """learn() on the CPU, of which change(parts, update, batches) makes another update."""
+def watched(update):
+    def watch(batch):
+        with FitForAGraph(), ExplicitDevices():
+            return update(batch)
+
+    return watch
+
+
+def learn_with(change, folder, name: str, network: str, monkeypatch) -> None:
+    """learn() on the CPU, with change(update, device) for an update."""
     module = STAGES[name][0]
     signature, train = inspect.signature(module.train), module.train
 
     def changed(*words):
         bound = signature.bind(*words)
-        bound.arguments["update"] = change(*(bound.arguments[x] for x in ("parts", "update", "batches")))
+        bound.arguments["update"] = change(bound.arguments["update"], bound.arguments["batches"].device)
         return train(*bound.args)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "train", changed)
-        learn(folder, name, network, device="cpu", num_threads=1, **flags)
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """Folders of all stages as they are, by network."""
-    folders = {network: tmp_path_factory.mktemp(network) for network in ("mlp", "gru")}
-    for network, folder in folders.items():
-        for name in STAGES:
-            learn(folder, name, network, device="cpu", num_threads=1)
-    return folders
-
-
-@pytest.mark.parametrize("network", ["mlp", "gru"])
-def test_updates_stay_on_the_device_and_do_not_wait_for_it(network, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
-
-    def watch(parts, update, batches):
-        lr = parts["optimizer"].param_groups[0]["lr"]
-        address, before = lr.data_ptr(), lr.item()
-        for batch in batches[:3]:
-            with FitForAGraph():
-                with ExplicitDevices():
-                    update(batch)
-                parts["schedule"].step()
-        assert parts["optimizer"].param_groups[0]["lr"] is lr and lr.data_ptr() == address
-        assert lr.item() < before, "a graph reads the learning rate where it was"
-        return update
-
-    for name in STAGES:
-        learn_with(watch, tmp_path / "made-up", name, network, monkeypatch)
+        patch.setattr(torch.nn.functional, "one_hot", one_hot)
+        learn(folder, name, network, device="cpu", num_threads=1)
 
 
 MISTAKES = [lambda x: x.item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: 1 if x > 0 else 0]
@@ -211,19 +190,11 @@ MISTAKES += [lambda x: x.to("meta"), lambda x: torch.arange(3), lambda x: x + to
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_an_update_must_not_do_is_seen(mistake, learned, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
-    real_loss = vdn_rlhf.vdn_loss
-    monkeypatch.setattr(vdn_rlhf, "vdn_loss", lambda *x: (real_loss(*x), mistake(x[0].detach().sum()))[0])
-
-    def watch(parts, update, batches):
-        with pytest.raises(AssertionError, match="the device"), FitForAGraph(), ExplicitDevices():
-            update(batches[0])
-        raise InterruptedError
-
-    name, other = "vdn-beta1-alpha1-seed1.pt", str(tmp_path / "other.pt")
-    with pytest.raises(InterruptedError):
-        learn_with(watch, learned["mlp"], name, "mlp", monkeypatch, vdn_path=other)
+def test_what_a_graph_cannot_hold_is_seen(mistake, tmp_path, monkeypatch):
+    bc_loss = train_bc.bc_loss
+    monkeypatch.setattr(train_bc, "bc_loss", lambda *x: (mistake(x[0].detach().sum()), bc_loss(*x))[1])
+    with pytest.raises(AssertionError, match="the device"):
+        learn_with(lambda update, _: watched(update), tmp_path, "bc-seed1.pt", "mlp", monkeypatch)
 
 
 class RecordedOnCPU(TorchDispatchMode):
@@ -257,11 +228,13 @@ class RecordedOnCPU(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
-def test_a_recorded_update_goes_on_as_it_is(network, learned, tmp_path, monkeypatch):
+def test_updates_stay_on_the_device_do_not_wait_and_go_on_when_recorded(network, tmp_path, monkeypatch):
+    """A recording knows only memory: of the minibatch, of the learning rate that the schedule changes."""
     nothing = dict.fromkeys(("synchronize", "set_stream", "Stream"), lambda *_: None)
     for name, fake in {"CUDAGraph": RecordedOnCPU, "graph": lambda graph: graph, **nothing}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     for name, (module, _) in STAGES.items():
-        record = lambda _, update, batches: module.capture(update, batches.device)  # noqa: B023, E731
+        record = lambda update, device, module=module: module.capture(watched(update), device)  # noqa: E731
         learn_with(record, tmp_path / "recorded", name, network, monkeypatch)
-        assert same_weights(tmp_path / "recorded" / name, learned[network] / name)
+        learn(tmp_path / "plain", name, network, device="cpu", num_threads=1)
+        assert same_weights(tmp_path / "recorded" / name, tmp_path / "plain" / name)
