@@ -110,12 +110,10 @@ def write_random_data(path: Path) -> None:
 def updates(script, output: Path, args: Args, **settings) -> dict:
     """Run main() of a script with these flags, for a few updates -> its update, as it is and captured."""
     train, given = script.train, []
-    paths = {
-        "data_path": str(output.parent / "dataset.npz"),
-        f"{output.stem.split('-')[0]}_path": str(output),
-    }
+    flag = f"{output.stem.split('-')[0]}_path"
+    settings |= {"data_path": str(output.parent / "dataset.npz"), flag: str(output)}
     with mock.patch.object(script, "train", lambda *words: given.append(words) or train(*words)):
-        script.main(script.Args(env="random-data", device=args.device, **paths, **settings))
+        script.main(script.Args(env="random-data", device=args.device, **settings))
     _, _, _, parts, update, batches, *_ = given[0]
     batch = itertools.cycle(batches)
 
@@ -138,9 +136,10 @@ def jax_update(batch_size: int, width: int):
     N, T, A, D, K = NUM_BLOCKS * BLOCK_SIZE, 25, 3, 18, 5
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.uniform(-1, 1, shape) / 8, jnp.float32)  # noqa: E731
-    layers = {"embedding": D + A, "input": width, "hidden": width, "head": width}
-    outputs = {"embedding": width, "input": 3 * width, "hidden": 3 * width, "head": K}
-    online = {name: (draw(size, outputs[name]), draw(outputs[name])) for name, size in layers.items()}
+    shapes = dict(
+        embedding=(D + A, width), input=(width, 3 * width), hidden=(width, 3 * width), head=(width, K)
+    )
+    online = {name: (draw(*shape), draw(shape[1])) for name, shape in shapes.items()}
     observations, known, rewards = draw(N, T, A, D), draw(N, T, A, K), draw(N, T)
     actions = jnp.asarray(rng.integers(K, size=(N, T, A)))
 
@@ -213,25 +212,24 @@ def measure(folder: Path, args: Args):
         yield "collection of spread", trajectories_per_second(folder, args), "trajectories/s"
 
     write_random_data(folder / "dataset.npz")
-    models = {"reward_path": str(folder / "reward.pt"), "bc_path": str(folder / "bc.pt")}  # what VDN reads
-    vdn = {**models, "num_updates": 20}
-    trainers = [  # a minibatch of the reward model is a block
-        ("reward model, 256 trajectories", train_reward, "reward.pt", {"max_epochs": 1}),
-        ("BC, 64 trajectories", train_bc, "bc.pt", {"num_updates": 20}),
-        ("VDN, mlp, 64 trajectories", vdn_rlhf, "vdn-mlp.pt", {**vdn, "batch_size": 64}),
-        ("VDN, gru, 64 trajectories", vdn_rlhf, "vdn-gru.pt", {**vdn, "batch_size": 64, "network": "gru"}),
-        (small := "VDN, gru of 64, 32 trajectories", vdn_rlhf, "vdn-small.pt", {}),
-    ]
-    trainers[-1][-1].update(vdn, network="gru", hidden_dim=64, batch_size=32)
-    for what, script, name, flags in trainers:
-        if wanted(what) or script is not vdn_rlhf:
+    few = {"num_updates": 20}
+    vdn = {"reward_path": str(folder / "reward.pt"), "bc_path": str(folder / "bc.pt"), "batch_size": 64}
+    vdn |= few
+    small = {**vdn, "network": "gru", "hidden_dim": 64, "batch_size": 32}
+    trainers = {  # a minibatch of the reward model is a block
+        "reward model, 256 trajectories": (train_reward, "reward.pt", {"max_epochs": 1}),
+        "BC, 64 trajectories": (train_bc, "bc.pt", few),
+        "VDN, mlp, 64 trajectories": (vdn_rlhf, "vdn-mlp.pt", vdn),
+        "VDN, gru, 64 trajectories": (vdn_rlhf, "vdn-gru.pt", {**vdn, "network": "gru"}),
+        "VDN, gru of 64, 32 trajectories": (vdn_rlhf, "vdn-small.pt", small),
+    }
+    for what, (script, name, flags) in trainers.items():
+        if wanted(what) or script is not vdn_rlhf:  # VDN reads the others
             runs = updates(script, folder / name, args, **flags)
-            if what == small and args.device == "cpu" and importlib.util.find_spec("jax"):
+            if flags is small and args.device == "cpu" and importlib.util.find_spec("jax"):
                 runs[", in JAX"] = jax_update(32, 64)
-            for how, results in zip(
-                runs, rates(list(runs.values()), args) if wanted(what) else (), strict=False
-            ):
-                yield what + how, results, "updates/s"
+            results = rates(list(runs.values()), args) if wanted(what) else []
+            yield from ((what + how, rate, "updates/s") for how, rate in zip(runs, results, strict=False))
 
 
 def main(args: Args) -> None:

@@ -2,7 +2,6 @@
 anywhere, that updates are fit for a CUDA graph: they do not wait for the device, nor leave it, and a recorded
 one goes on as it is."""
 
-import inspect
 import os
 import signal
 import subprocess
@@ -27,9 +26,7 @@ import train_reward
 import vdn_rlhf
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
-needs_cuda = pytest.mark.skipif(
-    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
-)
+needs_cuda = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")
 COMMON = {"env": "made-up", "device": DEVICE, "hidden_dim": 16}
 STAGES = {  # what makes it, settings
     "reward-alpha1-seed1.pt": (train_reward, {"max_epochs": 10}),
@@ -46,15 +43,8 @@ def leave_the_process_as_it_was():
         torch.cuda.set_stream(torch.cuda.default_stream())
 
 
-def load(path) -> dict:
-    """A checkpoint without timings."""
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["metrics"].pop("speed/updates_per_second")
-    return checkpoint
-
-
 def learn(folder, name: str, network="mlp", **flags) -> dict:
-    """One stage on the made-up game -> its checkpoint."""
+    """One stage on the made-up game -> its checkpoint without timings."""
     folder.mkdir(exist_ok=True)
     np.savez(folder / "dataset.npz", **made_up_arrays(200, 1000))
     module, few = STAGES[name]
@@ -62,7 +52,9 @@ def learn(folder, name: str, network="mlp", **flags) -> dict:
     if module is not train_bc:
         common["network"] = network
     module.main(module.Args(**common | few | flags))
-    return load(folder / name)
+    checkpoint = torch.load(folder / name, weights_only=True)
+    checkpoint["metrics"].pop("speed/updates_per_second")
+    return checkpoint
 
 
 def assert_close(a: dict, b: dict) -> None:
@@ -86,17 +78,15 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     """The state of Adam comes back from the CPU, and the learning rate goes on to fall in the graph that is
     recorded anew."""
     folder = tmp_path / "made-up"
-    for name in STAGES:
-        learn(folder, name, checkpoint_every=10)
+    finished = {name: learn(folder, name, checkpoint_every=10) for name in STAGES}
     for name, (module, few) in STAGES.items():
-        finished = load(folder / name)
         (folder / name).unlink()
         flags = {"data_path": folder / "dataset.npz", **COMMON, **few, "checkpoint_every": 10}
         words = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
         command = [sys.executable, "-c", KILLED.format(module=module.__name__), *words]
         killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert_close(learn(folder, name, checkpoint_every=10, resume=True), finished)
+        assert_close(learn(folder, name, checkpoint_every=10, resume=True), finished[name])
 
 
 @needs_cuda
@@ -136,14 +126,13 @@ class FitForAGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
-        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
-        assert name not in waiting, "waits for the device"
+        waits = name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
         indices = tree_leaves(args[1:2]) if name.startswith(("index", "_index")) else []
         masks = [x for x in indices if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
-        assert not masks, "waits for the device: index by mask"
-        result, given = function(*args, **kwargs), tree_leaves((args, kwargs))
-        devices = {x.device for x in (*given, *tree_leaves(result)) if isinstance(x, torch.Tensor)}
-        assert len(devices) < 2, "leaves the device"
+        assert not waits and not masks, "waits for the device"
+        result = function(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        assert len({x.device for x in tensors}) < 2, "leaves the device"
         return result
 
 
@@ -162,9 +151,9 @@ def one_hot(x, num_classes):
 
 
 def watched(update):
-    def watch(batch):
+    def watch(batch_or_schedule):
         with FitForAGraph(), ExplicitDevices():
-            return update(batch)
+            return update(batch_or_schedule)
 
     return watch
 
@@ -172,15 +161,14 @@ def watched(update):
 def learn_with(change, folder, name: str, network: str, monkeypatch) -> None:
     """learn() on the CPU, with change(update, device) for an update."""
     module = STAGES[name][0]
-    signature, train = inspect.signature(module.train), module.train
+    train, schedule = module.train, torch.optim.lr_scheduler.CosineAnnealingLR
 
-    def changed(*words):
-        bound = signature.bind(*words)
-        bound.arguments["update"] = change(bound.arguments["update"], bound.arguments["batches"].device)
-        return train(*bound.args)
+    def changed(args, path, sources, parts, update, batches, *rest):
+        return train(args, path, sources, parts, change(update, batches.device), batches, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "train", changed)
+        patch.setattr(schedule, "step", watched(schedule.step))
         patch.setattr(torch.nn.functional, "one_hot", one_hot)
         learn(folder, name, network, device="cpu", num_threads=1)
 
