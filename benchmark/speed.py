@@ -143,8 +143,7 @@ def jax_update(batch_size: int, width: int):
     observations, known, rewards = draw(N, T, A, D), draw(N, T, A, K), draw(N, T)
     actions = jnp.asarray(rng.integers(K, size=(N, T, A)))
 
-    def linear(x, layer):
-        return x @ layer[0] + layer[1]
+    linear = lambda x, layer: x @ layer[0] + layer[1]  # noqa: E731
 
     def q_values(network, x):  # (B, T, A, D) -> (B, T, A, K)
         x = jnp.concatenate([x, jnp.broadcast_to(jnp.eye(A), (*x.shape[:3], A))], axis=-1)
@@ -179,12 +178,11 @@ def jax_update(batch_size: int, width: int):
         gradient, count = each(lambda g: g * jnp.minimum(1, 10 / (norm + 1e-6)), gradient), count + 1
         m = each(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
         v = each(lambda v, g: 0.999 * v + 0.001 * g * g, v, gradient)
-        root = lambda v: jnp.sqrt(v / (1 - 0.999**count)) + 1e-8  # noqa: E731
-        online = each(lambda p, m, v: p - 1e-4 * m / (1 - 0.9**count) / root(v), online, m, v)
+        rate, correction = 1e-4 / (1 - 0.9**count), 1 - 0.999**count
+        online = each(lambda p, m, v: p - rate * m / (jnp.sqrt(v / correction) + 1e-8), online, m, v)
         return online, each(lambda t, p: t + 0.01 * (p - t), target, online), m, v, count
 
-    zeros = jax.tree.map(jnp.zeros_like, online)
-    state = [online, online, zeros, zeros, jnp.float32(0)]
+    state = [online, online, *[jax.tree.map(jnp.zeros_like, online)] * 2, jnp.float32(0)]
 
     def run():
         state[:] = jax.block_until_ready(update(*state, rng.integers(N, size=batch_size)))
@@ -213,8 +211,7 @@ def measure(folder: Path, args: Args):
 
     write_random_data(folder / "dataset.npz")
     few = {"num_updates": 20}
-    vdn = {"reward_path": str(folder / "reward.pt"), "bc_path": str(folder / "bc.pt"), "batch_size": 64}
-    vdn |= few
+    vdn = {f"{name}_path": str(folder / f"{name}.pt") for name in ("reward", "bc")} | few | {"batch_size": 64}
     small = {**vdn, "network": "gru", "hidden_dim": 64, "batch_size": 32}
     trainers = {  # a minibatch of the reward model is a block
         "reward model, 256 trajectories": (train_reward, "reward.pt", {"max_epochs": 1}),
@@ -236,15 +233,14 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     if args.device == "cpu" and hasattr(os, "sched_setaffinity"):  # one core for JAX too
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    command = f"python benchmark/speed.py --device {args.device} --seconds {args.seconds:g}"
     lines = [
         f"# Speed: {describe_machine(args.device)}",
         "",
-        f"`python benchmark/speed.py --device {args.device} --seconds {args.seconds:g}`, on an idle machine.",
-        f"Median and lowest of {ROUNDS} measurements (of collection: one). An update: a gradient step.",
-        "",
-        "| | median | lowest | unit |",
-        "|---|---|---|---|",
+        f"`{command}`, on an idle machine. Median and lowest",
     ]
+    lines += [f"of {ROUNDS} measurements (of collection: one). An update: a gradient step.", ""]
+    lines += ["| | median | lowest | unit |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for what, results, unit in measure(Path(folder), args):
             numbers = (statistics.median(results), min(results))

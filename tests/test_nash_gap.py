@@ -183,11 +183,11 @@ def test_sampling_follows_the_softmax():
 def test_exploration_changes_moves_and_words_apart(monkeypatch):
     """In a tenth of the steps, each in one half of them, to another one with probability 4/5 and 9/10."""
     episodes = []
-    monkeypatch.setattr(nash_gap, "NUM_ENVS", 128)
+    monkeypatch.setattr(nash_gap, "NUM_ENVS", 512)
     monkeypatch.setattr(nash_gap, "measure_gains", lambda *_: torch.zeros(2, 2))
     monkeypatch.setattr(nash_gap, "play_pairs", lambda *x: episodes.append(play_pairs(*x)) or episodes[-1])
     train(make_game("reference"), [None], num_updates=1)
-    _, known_actions, actions, _ = episodes[0]  # 128 x 25 x 2 actions
+    _, known_actions, actions, _ = episodes[0]  # 512 x 25 x 2 actions: 25 % are five standard deviations
     move, word = actions % 5 != known_actions[..., 0] % 5, actions // 5 != known_actions[..., 0] // 5
     for event, share in ((move, 0.04), (word, 0.045), (move & word, 0.1 * 0.4 * 0.45)):
         assert event.double().mean().item() == pytest.approx(share, rel=0.25)
