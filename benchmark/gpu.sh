@@ -43,10 +43,11 @@ part 2-readme 120 "$first; time python vdn_rlhf.py --env spread --beta 1 --devic
 part 3-speed 130 "$speed --result-path $OUT/speed-$DEVICE.md"
 part 4-together 50 "${together//\$0/alone}"
 if command -v nvidia-cuda-mps-control >/dev/null && nvidia-cuda-mps-control -d; then
-  part 5-together-mps 50 "${together//\$0/mps}" || echo quit | nvidia-cuda-mps-control # else Table 2 has it too
+  trap 'echo quit | timeout 10 nvidia-cuda-mps-control' EXIT
+  part 5-together-mps 50 "${together//\$0/mps}" || echo quit | timeout 10 nvidia-cuda-mps-control # else Table 2 has it too
 fi
 rest=$((530 - SECONDS))
-part 6-table2 $((rest > 60 ? rest : 60)) \
-  "NUM_PROCESSES=$processes PRESETS=paper SEEDS=4 GAMES='$games' bash benchmark/table2.sh; cat runs/logs/*"
-tar czf "$OUT/results.tar.gz" runs/*/*/*.json
+part 6-table2 $((rest > 20 ? rest : 20)) \
+  "NUM_PROCESSES=$processes PRESETS=paper SEEDS=4 GAMES='$games' bash benchmark/table2.sh"
+tar czf "$OUT/results.tar.gz" runs/*/*/*.json runs/logs
 cat "$OUT/parts.txt"
