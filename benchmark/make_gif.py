@@ -20,19 +20,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluate import (
-    Game,
-    Mpe2Env,
-    ParticleEnv,
-    UserError,
-    load_policies,
-    make_actor,
-    make_mpe2_env,
-    rollout,
-    run_command_line,
-    save_file,
-    set_up,
-)
+import evaluate
+from evaluate import Game, Mpe2Env, ParticleEnv, UserError, load_policies, make_actor, make_mpe2_env, rollout
 
 PANEL_SIZE, LABEL_SIZE = 220, 24  # in pixels
 
@@ -113,11 +102,8 @@ def draw_frames(game: Game, recordings: dict[str, tuple[list, torch.Tensor]]) ->
         for i, (name, (worlds, returns)) in enumerate(recordings.items()):
             picture = Image.fromarray(draw_world(renderer, worlds[step][episode], cameras[episode]))
             frame.paste(picture.resize((PANEL_SIZE, PANEL_SIZE)), (i * PANEL_SIZE, LABEL_SIZE))
-            center, text = (
-                ((i + 0.5) * PANEL_SIZE, LABEL_SIZE / 2),
-                f"{name}, return {returns[episode, step]:.1f}",
-            )
-            draw.text(center, text, fill="black", font=font, anchor="mm")
+            text = f"{name}, return {returns[episode, step]:.1f}"
+            draw.text(((i + 0.5) * PANEL_SIZE, LABEL_SIZE / 2), text, fill="black", font=font, anchor="mm")
             draw.line((i * PANEL_SIZE, 0, i * PANEL_SIZE, frame.height), fill="lightgray")
         frames.append(frame)
     some = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[:: game.horizon]]))
@@ -127,7 +113,7 @@ def draw_frames(game: Game, recordings: dict[str, tuple[list, torch.Tensor]]) ->
 
 
 def main(args: Args) -> None:
-    device, path = set_up(args), Path(args.gif_path)
+    device, path = evaluate.set_up(args), Path(args.gif_path)
     if path.suffix.lower() != ".gif":
         raise UserError(f"--gif-path {path}: the name must end in .gif")
     game, policies = load_policies(args.policies, device, args.env)
@@ -142,9 +128,9 @@ def main(args: Args) -> None:
     frames, durations = draw_frames(game, recordings)
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    save_file(path, buffer.getbuffer())
+    evaluate.save_file(path, buffer.getbuffer())
     print(f"{path}: {len(durations)} frames of {', '.join(recordings)}")
 
 
 if __name__ == "__main__":
-    run_command_line(main, Args, presets={})
+    evaluate.run_command_line(main, Args, presets={})

@@ -99,8 +99,7 @@ class Game:
 
 
 def matrix_game(payoffs: np.ndarray) -> Game:
-    """One step, one state; player 1 picks the row and gets r (A, B), player 2 picks the column and gets 1 -
-    r."""
+    """One step, one state; player 1 picks the row and gets r (A, B), player 2 the column and gets 1 - r."""
     A, B = payoffs.shape
     return Game(np.stack([payoffs, 1 - payoffs])[:, None, None], np.ones((1, 1, A, B, 1)))
 
@@ -123,8 +122,7 @@ def stage_policies(num_actions: int, num_states: int) -> np.ndarray:
 
 
 def policy_actions(index: int, shape: tuple, player: int) -> np.ndarray:
-    """The actions (H, S) of a player's enumerated policy. Only state 0 counts in the first step, the others
-    stand at 0."""
+    """The actions (H, S) of a player's enumerated policy; in the first step only that of state 0 counts."""
     H, S, A = shape[0], shape[1], shape[2 + player]
     tables = [stage_policies(A, 1 if h == 0 else S) for h in range(H)]
     actions = np.zeros((H, S), dtype=int)
@@ -141,16 +139,14 @@ def policy_values(backup: Callable, shape: tuple) -> list[np.ndarray]:
     for h in reversed(range(H)):
         n = 1 if h == 0 else S
         first, second = stage_policies(A, n), stage_policies(B, n)
-        # (K1, K2, stages of 1, stages of 2, n)
-        V = backup(h, V)[:, :, np.arange(n), first[:, None], second[None]]
+        V = backup(h, V)[:, :, np.arange(n), first[:, None], second]  # (K1, K2, stages of 1, of 2, n)
         V = V.transpose(2, 0, 3, 1, 4).reshape(len(first) * V.shape[0], len(second) * V.shape[1], n)
         values.insert(0, V)
     return values
 
 
 def best_responses(backup: Callable, player: int, shape: tuple) -> list[np.ndarray]:
-    """Values of the player's best responses to all deterministic Markov policies of the other: for each step
-    (K, S)."""
+    """Values of best responses to all deterministic Markov policies of the other player: per step (K, S)."""
     H, S = shape[:2]
     V, values = np.zeros((1, S)), []
     for h in reversed(range(H)):
@@ -177,8 +173,7 @@ def nash_gaps(game: Game) -> np.ndarray:
 
 def find_equilibrium(game: Game) -> tuple[int, int]:
     """The first deterministic Markov equilibrium."""
-    first, second = np.argwhere(nash_gaps(game) < 1e-9)[0]
-    return int(first), int(second)
+    return tuple(np.argwhere(nash_gaps(game) < 1e-9)[0].tolist())
 
 
 # Data ---
@@ -255,8 +250,8 @@ def covariances(data: Data, lam: float) -> tuple[np.ndarray, np.ndarray]:
     """Sigma_D^r (Hd, Hd) of the differences psi(tau) - psi(tau'), and Sigma_D,h^p (H, d, d) of all visits
     (section 4.1)."""
     features = data.features()
-    # sum over pairs of (x - y)(x - y)^T: the Laplacian of the graph of comparisons
-    preference = features.T @ (np.diag(data.counts.sum(axis=1)) - data.counts) @ features
+    laplacian = np.diag(data.counts.sum(axis=1)) - data.counts  # sums (x - y)(x - y)^T over the pairs
+    preference = features.T @ laplacian @ features
     d = data.visits.shape[1]
     return lam * np.eye(len(preference)) + preference, lam * np.eye(d) + data.visits[:, :, None] * np.eye(d)
 
@@ -283,8 +278,7 @@ def coverage_measures(game: Game, data: Data, equilibrium, lam: float, anchored:
 
 
 def fit_reward(data: Data, player: int) -> np.ndarray:
-    """The maximum-likelihood reward (H, d) minus 1/2, within [-1/2, 1/2]. Never identified: a constant in
-    each step."""
+    """The maximum-likelihood reward (H, d) minus 1/2, in [-1/2, 1/2], up to a constant in each step."""
     features, points, n = data.features(), data.points[player], data.counts.sum() / 2
 
     def loss(theta):
@@ -327,16 +321,14 @@ def confidence_radii(shape: tuple, delta: float, lam: float, c_r: float, c_p: fl
 
 
 def estimation_error(data: Data, estimate: np.ndarray, rewards: np.ndarray, lam: float) -> float:
-    """|theta_hat - theta|_Sigma of one player, theta the rewards minus 1/2. The confidence set has theta in
-    it if this is at most C_r."""
+    """|theta_hat - theta|_Sigma of a player, theta the rewards - 1/2; in the confidence set at most C_r."""
     error = estimate.ravel() - (rewards.ravel() - 0.5)
     return float(np.sqrt(error @ covariances(data, lam)[0] @ error))
 
 
 # Algorithms 2 to 4 ---
 def reward_bounds(data: Data, estimate: np.ndarray, norms: np.ndarray, C_r: float):
-    """The least and the largest anchored reward (H, S, A, B) in the confidence set, from the estimate (H, d)
-    of one player."""
+    """The least and largest anchored reward (H, S, A, B) in the confidence set of an estimate (H, d)."""
     anchored = (estimate - estimate[np.arange(len(estimate)), data.reference][:, None]).reshape(norms.shape)
     return anchored - C_r * norms, anchored + C_r * norms
 
@@ -347,9 +339,8 @@ def estimated_backup(data: Data, rewards, norms, lam: float, sign: int, C_P: flo
     inverses = np.linalg.inv(covariances(data, lam)[1])  # (H, d, d)
 
     def backup(h, V):
-        # (..., d): sum of psi [r + V(s')]
-        targets = data.visits[h] * rewards[h].ravel() + V @ data.next_states[h].T
-        w = targets @ inverses[h]  # psi is one-hot: <psi(s, a), w> is an entry of w
+        targets = data.visits[h] * rewards[h].ravel() + V @ data.next_states[h].T  # sum of psi [r + V(s')]
+        w = targets @ inverses[h]  # (..., d); psi is one-hot: <psi(s, a), w> is an entry of w
         Q = w.reshape(*V.shape[:-1], *norms.shape[1:]) + sign * C_P * norms[h]
         return sign * np.minimum(sign * Q, H - h)
 
@@ -358,10 +349,9 @@ def estimated_backup(data: Data, rewards, norms, lam: float, sign: int, C_P: flo
 
 @dataclass(frozen=True)
 class Bounds:
-    """What Algorithms 2 and 3 find, for each player and step, with the pessimistic and optimistic rewards
-    they used."""
+    """What Algorithms 2 and 3 find, for each player and step, and the rewards that they used."""
 
-    rewards: list[tuple[np.ndarray, np.ndarray]]  # (H, S, A, B) each
+    rewards: list[tuple[np.ndarray, np.ndarray]]  # pessimistic and optimistic, (H, S, A, B) each
     pessimistic: list[list[np.ndarray]]  # (K1, K2, S), of all policies
     optimistic: list[list[np.ndarray]]  # (K, S), against all policies of the other player
 
@@ -387,8 +377,7 @@ def compute_bounds(data: Data, estimates: list, shape: tuple, lam: float, C_r: f
 def minimize_surrogate(bounds: Bounds, rng: np.random.Generator) -> tuple[int, int]:
     """Algorithm 4 over the deterministic Markov policies."""
     surrogate = bounds.surrogate()
-    first, second = rng.choice(np.argwhere(surrogate < surrogate.min() + 1e-9))
-    return int(first), int(second)
+    return tuple(rng.choice(np.argwhere(surrogate < surrogate.min() + 1e-9)).tolist())
 
 
 def theorem_4_bound(game: Game, data: Data, equilibrium, lam: float, C_r: float, C_P: float) -> float:
@@ -424,11 +413,8 @@ def measure_table_games(args: Args) -> dict[str, np.ndarray]:
     games = [matrix_game(payoffs) for payoffs in TABLE_4]
     equilibria, gaps = [find_equilibrium(game) for game in games], [nash_gaps(game) for game in games]
     C_r, C_P = confidence_radii(games[0].shape, args.delta, args.lam, args.c_r, args.c_p)
-    names, shape = (
-        ("gap", "anchored", "raw", "bound"),
-        (len(COVERAGES), len(args.table_sizes), args.num_seeds),
-    )
-    results = {name: np.zeros(shape) for name in names} | {"measures": np.zeros((len(COVERAGES), 2, 3))}
+    names, shape = ("gap", "anchored", "raw", "bound"), (3, len(args.table_sizes), args.num_seeds)
+    results = {name: np.zeros(shape) for name in names} | {"measures": np.zeros((3, 2, 3))}
     for c, k, s in tqdm(list(np.ndindex(shape)), desc="games of Table 4", unit="dataset"):
         rng, runs = np.random.default_rng((args.seed, c, args.table_sizes[k], s)), []
         for game, equilibrium, gap in zip(games, equilibria, gaps, strict=True):
@@ -487,8 +473,8 @@ def report(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarra
         return f"C_r = {C_r:.1f}, C_P = {C_P:.1f}"
 
     policies, shape = 2 ** (NUM_STATES * (HORIZON - 1) + 1), (HORIZON, NUM_STATES, 2, 2)
-    lines = ["# Table 4: which data identify an equilibrium", "", "| M1 | b1 | b2 | | M2 | b1 | b2 |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["# Table 4: which data identify an equilibrium", ""]
+    lines += ["| M1 | b1 | b2 | | M2 | b1 | b2 |", "|---|---|---|---|---|---|---|"]
     for a, (left, right) in enumerate(zip(*TABLE_4, strict=True), start=1):
         lines.append(f"| a{a} | {left[0]:g} | {left[1]:g} | | a{a} | {right[0]:g} | {right[1]:g} |")
     lines += f"""
@@ -539,19 +525,16 @@ C_r has to exceed.
             holds = " | ".join(f"{markov[name][scale, k].sum():.0f}" for name in lemmas)
             means = " | ".join(f"{markov[name][scale, k].mean():.3f}" for name in ("width", "bound", "gap"))
             largest = f"{markov['gap'][scale, k].max():.3f} | {markov['error'][k].max():.2f}"
-            lines.append(
-                f"| {factor * args.c_r:g}, {factor * args.c_p:g} | {n:,} | {holds} | {means} | {largest} |"
-            )
+            constants = f"{factor * args.c_r:g}, {factor * args.c_p:g}"
+            lines.append(f"| {constants} | {n:,} | {holds} | {means} | {largest} |")
     return "\n".join([*lines, "", f"![gap, bounds and widths against n]({plot_name})", ""])
 
 
 def plot(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarray]):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     labels = {"bound": "Theorem 4", "anchored": "anchored U_D", "raw": "raw U_D"}
     labels |= {"width": "width at pi*", "gap": "gap of the output"}
     for c, coverage in enumerate(COVERAGES):

@@ -37,18 +37,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import evaluate
 from benchmark.train_experts import ROOT, FactoredNetwork
-from evaluate import (
-    AgentNetwork,
-    Game,
-    ParticleEnv,
-    load_policies,
-    prey_observation,
-    rollout,
-    run_command_line,
-    save_file,
-    set_up,
-)
+from evaluate import AgentNetwork, Game, ParticleEnv, load_policies, prey_observation, rollout
 from vdn_rlhf import q_lambda_targets
 
 # Double DQN. The unit of margins is the standard deviation of what exploring changes in an agent's return.
@@ -115,9 +106,7 @@ def own(x: torch.Tensor, num_agents: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def play_pairs(
-    game: Game, policies, respond, baseline, num_envs: int, generator, sample, dtype=torch.float32
-):
+def play_pairs(game, policies, respond, baseline, num_envs: int, generator, sample, dtype=torch.float32):
     """Episodes from M = num_envs start states, 2 A times each: in copy i agent i plays respond(inputs,
     known_actions, step), in copy A + i the action of policies[baseline[i]], and all others follow
     policies[0] (None: random play). Start states and draws are the same in all copies.
@@ -178,9 +167,7 @@ def greedy_response(network, start: torch.Tensor, margin: float) -> Callable:
     return respond
 
 
-def measure_gains(
-    game: Game, policies, respond, num_episodes: int, seed: int, device, sample
-) -> torch.Tensor:
+def measure_gains(game, policies, respond, num_episodes: int, seed: int, device, sample) -> torch.Tensor:
     """What each agent gains when it alone plays respond, not policies[0], per episode (num_episodes, A)."""
     generator, gains = torch.Generator(device).manual_seed(seed), []
     baseline = torch.zeros(game.num_agents, dtype=torch.long, device=device)
@@ -249,9 +236,8 @@ def train_best_responses(game: Game, policies: list, args: Args, device) -> tupl
     start, buffer, scale = choose()[0], None, None
     num_rollouts = -(-args.num_updates // UPDATES_PER_ROLLOUT)
     checkpoints = {num_rollouts * (i + 1) // NUM_CHECKPOINTS for i in range(NUM_CHECKPOINTS)}
-    for i in tqdm(
-        range(1, num_rollouts + 1), f"best responses on {game.name}", unit="rollout", mininterval=1
-    ):
+    rollouts = range(1, num_rollouts + 1)
+    for i in tqdm(rollouts, f"best responses on {game.name}", unit="rollout", mininterval=1):
         episodes = play_pairs(game, policies, explore, start, NUM_ENVS, generator, args.sample)
         if buffer is None:
             gains = episodes[-1].sum(dim=1)
@@ -297,10 +283,8 @@ def find_gap(game: Game, policy, expert, args: Args, device) -> dict:
     """The report on one policy; expert is None where none is known."""
     policies = [policy] if expert is None else [policy, expert]
     respond, best_responses = train_best_responses(game, policies, args, device)
-    gains = measure_gains(
-        game, policies, respond, args.num_episodes, args.seed, device, args.sample
-    )  # (N, A)
-    gains = torch.cat([gains.sum(dim=1, keepdim=True), gains], dim=1)  # the gap goes first
+    gains = measure_gains(game, policies, respond, args.num_episodes, args.seed, device, args.sample)
+    gains = torch.cat([gains.sum(dim=1, keepdim=True), gains], dim=1)  # (N, 1 + A), the gap goes first
     means, margins = gains.mean(dim=0), 1.96 * gains.std(dim=0, correction=0) / len(gains) ** 0.5
     intervals = torch.stack([means - margins, means + margins], dim=1).tolist()
     report = {"charts/nash_gap": means[0].item(), "nash_gap_interval": intervals[0]}
@@ -309,13 +293,13 @@ def find_gap(game: Game, policy, expert, args: Args, device) -> dict:
 
 
 def main(args: Args) -> dict[str, dict]:
-    device = set_up(args)
+    device = evaluate.set_up(args)
     game, policies = load_policies(args.policies, device, args.env)
     path, expert, report = ROOT / "policies" / game.name / "expert.pt", None, {}
     if path.exists():
         expert = load_policies([path], device, game.name)[1][path]
     if args.json_path:
-        save_file(Path(args.json_path + ".try"), b"")  # what cannot be written is told now
+        evaluate.save_file(Path(args.json_path + ".try"), b"")  # what cannot be written is told now
         Path(args.json_path + ".try").unlink()
     for name, policy in policies.items():
         torch.manual_seed(args.seed)
@@ -325,9 +309,9 @@ def main(args: Args) -> dict[str, dict]:
         gap = f"{report[name]['charts/nash_gap']:.3f} ± {(high - low) / 2:.3f}"
         print(f"{name} on {game.name}: Nash gap {gap}, gains of the agents {gains}", flush=True)
     if args.json_path:
-        save_file(Path(args.json_path), json.dumps(report, indent=1).encode())
+        evaluate.save_file(Path(args.json_path), json.dumps(report, indent=1).encode())
     return report
 
 
 if __name__ == "__main__":
-    run_command_line(main, Args, presets={})
+    evaluate.run_command_line(main, Args, presets={})

@@ -27,21 +27,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from evaluate import (
-    AgentNetwork,
-    Game,
-    ParticleEnv,
-    UserError,
-    check_same,
-    load_checkpoint,
-    make_actor,
-    make_game,
-    mean_return,
-    rollout,
-    run_command_line,
-    save_checkpoint,
-    set_up,
-)
+import evaluate
+from evaluate import AgentNetwork, Game, ParticleEnv, UserError, make_actor, make_game, mean_return, rollout
 from vdn_rlhf import q_lambda_targets
 
 ROOT = Path(__file__).parent.parent
@@ -245,7 +232,7 @@ def is_finished(args, game: Game, folder: Path) -> bool:
     paths = [folder / f"{name}.pt" for name in STRENGTHS]
     wanted = {name: value for name, value in vars(args).items() if name != "preset"}  # what it sets counts
     for path in filter(Path.exists, paths):
-        check_same(path, load_checkpoint(path, "expert"), wanted, find_sources(game))
+        evaluate.check_same(path, evaluate.load_checkpoint(path, "expert"), wanted, find_sources(game))
     if finished := all(path.exists() for path in paths):
         print(f"{folder}: expert, rookie and novice are already there, with these settings")
     return finished
@@ -254,7 +241,7 @@ def is_finished(args, game: Game, folder: Path) -> bool:
 def find_sources(game: Game) -> dict[str, str]:
     """Which prey the policies of tag learned against."""
     path = ROOT / "policies" / "tag" / "prey.pt"
-    return {"prey": load_checkpoint(path, "prey")["meta"]["checksum"]} if game.prey else {}
+    return {"prey": evaluate.load_checkpoint(path, "prey")["meta"]["checksum"]} if game.prey else {}
 
 
 def save_experts(args, game: Game, folder: Path, checkpoints: list[tuple], device) -> None:
@@ -276,16 +263,16 @@ def save_experts(args, game: Game, folder: Path, checkpoints: list[tuple], devic
             updates, _, weights = checkpoints[-1]
         test_return = measure(weights)
         metrics = {**game.metrics(test_return), "updates": updates}
-        save_checkpoint(folder / f"{name}.pt", "expert", args, meta, weights, {}, metrics)
+        evaluate.save_checkpoint(folder / f"{name}.pt", "expert", args, meta, weights, {}, metrics)
         print(f"{folder / name}.pt: return {test_return:.2f} (random {low:.2f}) after {updates} updates")
 
 
 def main(args: Args) -> None:
-    device, game = set_up(args), make_game(args.env)
+    device, game = evaluate.set_up(args), make_game(args.env)
     folder = Path(args.policies_path or ROOT / "policies" / args.env)
     if not is_finished(args, game, folder):
         save_experts(args, game, folder, train_experts(args, game, device), device)
 
 
 if __name__ == "__main__":
-    run_command_line(main, Args, PRESETS)
+    evaluate.run_command_line(main, Args, PRESETS)

@@ -29,22 +29,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import evaluate
 from benchmark.train_experts import ROOT, OnlineVDN
-from evaluate import (
-    AgentNetwork,
-    ParticleEnv,
-    PreyNetwork,
-    UserError,
-    check_same,
-    load_checkpoint,
-    make_actor,
-    mean_return,
-    prey_observation,
-    run_command_line,
-    save_checkpoint,
-    set_up,
-    tag,
-)
+from evaluate import AgentNetwork, ParticleEnv, PreyNetwork, make_actor, mean_return, prey_observation, tag
 
 
 @dataclass
@@ -169,20 +156,18 @@ def play(env: ParticleEnv, hunt, actor: PreyNetwork, generator) -> tuple[tuple, 
         time = torch.full((env.num_envs, 1), t / T, device=env.device)
         state = torch.cat([observations.flatten(1), seen, time], dim=1)
         following, rewards = env.step(actions)
-        team_rewards = rewards.sum(dim=1)
-        steps.append(
-            (observations, actions[:, :3], team_rewards, seen, actions[:, 3], state, prey_reward(env))
-        )
+        hunting = observations, actions[:, :3], rewards.sum(dim=1)
+        steps.append((*hunting, seen, actions[:, 3], state, prey_reward(env)))
         observations = following
     data = tuple(torch.stack(values, dim=1) for values in zip(*steps, strict=True))
     return data[:3], data[3:]
 
 
 def main(args: Args) -> None:
-    device = set_up(args)
+    device = evaluate.set_up(args)
     path = Path(args.prey_path or ROOT / "policies" / "tag" / "prey.pt")
     if path.exists():
-        check_same(path, load_checkpoint(path, "prey"), vars(args), {})
+        evaluate.check_same(path, evaluate.load_checkpoint(path, "prey"), vars(args), {})
         print(f"{path}: already there, with these settings")
         return
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -214,13 +199,15 @@ def main(args: Args) -> None:
             progress.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
     progress.close()
     if chosen is None:
-        raise UserError(f"random adversaries never earned {args.random_return}; lower --random-return")
+        raise evaluate.UserError(
+            f"random adversaries never earned {args.random_return}; lower --random-return"
+        )
     weights, metrics = chosen
     meta = {"env": "tag", "network": {"hidden_dim": args.hidden_dim}, "seed": args.seed}
     meta |= {"command": shlex.join(["python", *sys.argv]), "torch": str(torch.__version__)}
-    save_checkpoint(path, "prey", args, meta, weights, {}, metrics)
+    evaluate.save_checkpoint(path, "prey", args, meta, weights, {}, metrics)
     print(f"{path}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":
-    run_command_line(main, Args, presets={})
+    evaluate.run_command_line(main, Args, presets={})

@@ -24,17 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import evaluate
 from benchmark.train_experts import HISTORY_EPISODES, ROOT, dense_weights, is_finished, save_experts
-from evaluate import (
-    AgentNetwork,
-    Game,
-    ParticleEnv,
-    UserError,
-    make_game,
-    mean_return,
-    run_command_line,
-    set_up,
-)
+from evaluate import AgentNetwork, Game, ParticleEnv, UserError, make_game, mean_return
 
 
 @dataclass
@@ -129,7 +121,7 @@ def train_experts(args: Args, game: Game, device) -> list[tuple]:
 
 
 def main(args: Args) -> None:
-    device, game = set_up(args), make_game(args.env)
+    device, game = evaluate.set_up(args), make_game(args.env)
     if not game.name.startswith("spread"):
         raise UserError(f"--env {args.env}: must be spread; train_experts.py trains those of other games")
     folder = Path(args.policies_path or ROOT / "policies" / args.env)
@@ -138,4 +130,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_command_line(main, Args, presets={})
+    evaluate.run_command_line(main, Args, presets={})
