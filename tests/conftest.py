@@ -6,10 +6,7 @@ import os
 import runpy
 from pathlib import Path
 
-for name in (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-):  # before numpy comes; two threads on a busy core crawl
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # two threads on a busy core crawl
     os.environ.setdefault(name, "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
@@ -80,6 +77,16 @@ def without(path: Path, keys: tuple[str, ...], to: Path) -> Path:
     return to
 
 
+def read(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def rebuild(network_class, checkpoint: dict) -> torch.nn.Module:
+    network = network_class(**checkpoint["meta"]["network"])
+    network.load_state_dict(checkpoint["state_dict"])
+    return network
+
+
 def same_weights(path_a: Path, path_b: Path) -> bool:
-    a, b = (torch.load(path, weights_only=True)["state_dict"] for path in (path_a, path_b))
+    a, b = (read(path)["state_dict"] for path in (path_a, path_b))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -125,12 +125,8 @@ DATASETS = {  # arrays, or what makes them of the good ones
     "true_rewards": [lambda x: x * np.nan],
     "meta": [np.array(text) for text in ("{", "3", "[" * 100_000, '"\x1b[2J"')],
 }
-DATASETS["observations"] += [
-    lambda x: x.astype(int),
-    lambda x: x[:, 1:],
-    lambda x: x[..., :0],
-    np.array([{}]),
-]
+DATASETS["observations"] += [lambda x: x.astype(int), lambda x: x[:, 1:], lambda x: x[..., :0]]
+DATASETS["observations"] += [np.array([{}])]
 DATASETS["meta"] += [with_meta(num_actions=n) for n in (None, 0, 257, 7.0, True, [7], "7", 1e300)]
 DATASETS["meta"] += [with_meta(format=2), with_meta(env=LOUD)]
 # The shape of actions, where that is wrong, is what observations do not fit.
@@ -200,9 +196,7 @@ WRONG = {
 CASES = [(name, place, x) for name in WRONG for place, values in WRONG[name].items() for x in values]
 
 
-@pytest.mark.parametrize(
-    ("name", "place", "value"), CASES, ids=lambda x: "changed" if callable(x) else f"{x!r:.40}"
-)
+@pytest.mark.parametrize("name, place, value", CASES, ids=lambda x: None if callable(x) else f"{x!r:.40}")
 def test_structurally_wrong_checkpoint(name, place, value, attempt):
     content = torch.load(Path(name).name, weights_only=True)
     *outer, last = place.split("/")

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read
 
 import collect_data
 import train_reward
-from collect_data import Args, draw_pairs, make_game, spread
+from collect_data import MIXTURES, Args, draw_pairs, make_game, spread
 
 BLOCK = collect_data.BLOCK_SIZE
 EXPERT, UNILATERAL, ROOKIE, TRIVIAL = range(4)
@@ -25,24 +25,17 @@ def load(path) -> tuple[dict, dict]:
 def test_format(spread_data):
     arrays, meta = load(spread_data)
     N, T, A, D = 2560, 25, 3, 18
-    expected = {
-        "observations": ((N, T + 1, A, D), np.float32),
-        "actions": ((N, T, A), np.uint8),
-        "behavior": ((N,), np.int8),
-        "deviator": ((N,), np.int8),
-        "pairs": ((10 * N, 2), np.int32),
-        "labels": ((10 * N, A), np.int8),
-        "block": ((N,), np.int32),
-        "true_rewards": ((N, T, A), np.float32),
-    }
+    expected = {"observations": ((N, T + 1, A, D), np.float32), "actions": ((N, T, A), np.uint8)}
+    expected |= {"behavior": ((N,), np.int8), "deviator": ((N,), np.int8), "block": ((N,), np.int32)}
+    expected |= {"pairs": ((10 * N, 2), np.int32), "labels": ((10 * N, A), np.int8)}
+    expected |= {"true_rewards": ((N, T, A), np.float32)}
     assert {key: (array.shape, array.dtype.type) for key, array in arrays.items()} == expected
     assert arrays["block"].tolist() == [n // BLOCK for n in range(N)]
     returns = arrays["true_rewards"].sum(axis=1)
     np.testing.assert_allclose(meta.pop("return_mean"), returns.mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(meta.pop("return_std"), returns.std(axis=0), rtol=1e-4)
-    policies = {name: ROOT / f"policies/spread/{name}.pt" for name in ("expert", "rookie", "novice")}
-    policies = {name: torch.load(path, weights_only=True)["meta"] for name, path in policies.items()}
-    checksums = {name: policy["checksum"] for name, policy in policies.items()}
+    files = {name: read(ROOT / f"policies/spread/{name}.pt") for name in ("expert", "rookie", "novice")}
+    checksums = {name: file["meta"]["checksum"] for name, file in files.items()}
     checksums["version"] = collect_data.VERSION
     args = {"env": "spread", "dataset": "diversified", "seed": 1, "num_trajectories": N}
     args |= {"pairs_per_trajectory": 10, "steepness": 5.0, "epsilon": 0.05}
@@ -78,9 +71,7 @@ PARTS = {  # of 1,536 trajectories: expert, unilateral, rookie and trivial
 }
 
 
-@pytest.mark.parametrize(
-    ("dataset", "num_agents"), [*((name, 3) for name in collect_data.MIXTURES), ("diversified", 4)]
-)
+@pytest.mark.parametrize(("dataset", "num_agents"), [*((x, 3) for x in MIXTURES), ("diversified", 4)])
 def test_who_plays(dataset, num_agents, monkeypatch):
     """The shares of Table 1; every policy is replaced by one that always plays its own action, 0 for the
     expert, 1 for the rookie, 2 for the novice."""
@@ -242,11 +233,9 @@ def test_seeds_and_a_finished_dataset(tmp_path, capsys, monkeypatch):
     collect_data.main(again)
     assert "dataset.npz: already there, with these settings" in capsys.readouterr().out
     again.epsilon, again.dataset = 0.1, "no-expert"
-    with pytest.raises(collect_data.UserError) as error:
+    problem = "--dataset 'diversified' there, 'no-expert' here; --epsilon 0.05 there, 0.1 here"
+    with pytest.raises(collect_data.UserError, match=problem):
         collect_data.main(again)
-    assert "--dataset 'diversified' there, 'no-expert' here; --epsilon 0.05 there, 0.1 here" in str(
-        error.value
-    )
     again.epsilon, again.dataset = 0.05, "diversified"
     shutil.copytree(ROOT / "policies/spread", tmp_path / "policies")
     shutil.copy(tmp_path / "policies/rookie.pt", tmp_path / "policies/novice.pt")
@@ -256,11 +245,9 @@ def test_seeds_and_a_finished_dataset(tmp_path, capsys, monkeypatch):
     assert {path.name: path.read_bytes() for path in paths[0].parent.iterdir()} == before
 
 
+TRAIN = "python benchmark/train_spread_experts.py --env spread-2x2"
 MISTAKES = [
-    (
-        {"env": "spread-2x2"},
-        "2x2/expert.pt: no such file; `python benchmark/train_spread_experts.py --env spread-2x2`",
-    ),
+    ({"env": "spread-2x2"}, f"2x2/expert.pt: no such file; `{TRAIN}`"),
     ({"num_trajectories": 100}, "--num-trajectories 100: must be a multiple of 64"),
     ({"num_trajectories": 0}, "--num-trajectories 0: must be from 1"),
     ({"pairs_per_trajectory": 0}, "--pairs-per-trajectory 0: must be from 1"),

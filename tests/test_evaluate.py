@@ -27,13 +27,8 @@ def learned(tmp_path) -> str:
     return str(tmp_path / "vdn.pt")
 
 
-BACKENDS = [
-    ("spread/expert", False),
-    ("spread-7x5/rookie", False),
-    ("tag/expert", True),
-    ("tag/novice", False),
-]
-BACKENDS += [("reference/expert", False), ("reference/rookie", True)]
+BACKENDS = [("spread/expert", False), ("spread-7x5/rookie", False), ("tag/expert", True)]
+BACKENDS += [("tag/novice", False), ("reference/expert", False), ("reference/rookie", True)]
 
 
 @pytest.mark.parametrize(("policy", "sample"), BACKENDS)
@@ -125,15 +120,11 @@ class Fixed(torch.nn.Module):
         return torch.tensor([0.0, 1.0, 2.0]).expand(*observations.shape[:3], 3), first_step
 
 
-@pytest.mark.parametrize(
-    ("flags", "shares"),
-    [
-        ({}, [0, 0, 1]),
-        ({"epsilon": 0.3}, [0.1, 0.1, 0.8]),
-        ({"sample": True}, [0.090, 0.245, 0.665]),
-        ({"sample": True, "epsilon": 1.0}, [1 / 3, 1 / 3, 1 / 3]),
-    ],
-)
+SHARES = [({}, [0, 0, 1]), ({"epsilon": 0.3}, [0.1, 0.1, 0.8]), ({"sample": True}, [0.090, 0.245, 0.665])]
+SHARES += [({"sample": True, "epsilon": 1.0}, [1 / 3, 1 / 3, 1 / 3])]
+
+
+@pytest.mark.parametrize(("flags", "shares"), SHARES)
 def test_actors_are_greedy_or_follow_the_softmax_or_explore(flags, shares):
     act = evaluate.make_actor(Fixed(), 3, torch.Generator().manual_seed(0), **flags)
     for step in (0, 1, 2, 0):
@@ -150,12 +141,9 @@ def test_report_to_a_device_is_written_through_it():
     assert json.loads(os.read(reader, 100_000)) == report and Path(path).is_char_device()
 
 
-REFERENCE = str(ROOT / "policies/reference/expert.pt")
+OTHER = "policies/reference/expert.pt"
 MISTAKES = [
-    (
-        [EXPERT, REFERENCE],
-        "policies/reference/expert.pt: plays 'reference', not 'spread'; one table is of one game",
-    ),
+    ([EXPERT, str(ROOT / OTHER)], f"{OTHER}: plays 'reference', not 'spread'; one table is of one game"),
     (["random", EXPERT, "--env", "tag"], "policies/spread/expert.pt: plays 'spread', not 'tag'"),
     (["random"], "--env is missing: name the game, or a policy file that plays it"),
     (["random", "--env", "chess"], "--env 'chess': unknown, choose spread, "),
@@ -180,7 +168,6 @@ def test_mistakes_are_one_line_and_status_2(words, message, monkeypatch, capsys)
 
 def test_mpe2_backend_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpe2", None)
-    with pytest.raises(
-        evaluate.UserError, match=r"--backend mpe2 needs the package mpe2 .*; pip install mpe2"
-    ):
+    problem = r"--backend mpe2 needs the package mpe2 .*; pip install mpe2"
+    with pytest.raises(evaluate.UserError, match=problem):
         evaluate.main(Args((EXPERT,), num_episodes=1, backend="mpe2", device="cpu"))

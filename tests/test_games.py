@@ -65,9 +65,8 @@ def test_prey_draws_its_moves_from_its_softmax():
 
 
 def test_the_shipped_prey_is_a_real_opponent():
-    _, policies = evaluate.load_policies([str(ROOT / "policies/tag/expert.pt")], "cpu")
+    game, policies = evaluate.load_policies([str(ROOT / "policies/tag/expert.pt")], "cpu")
     (expert,) = policies.values()
-    game = evaluate.make_game("tag")
     uniform = evaluate.tag(FixedPrey([0.0] * 5))
     random, against_prey, against_uniform = (
         evaluate.play(played, policy, "cpu", seed=1, num_episodes=2048).mean(dim=1)
@@ -104,10 +103,7 @@ def test_every_game_makes_a_dataset(env, tmp_path):
         args.policies_path = str(tmp_path)
         network = {"sizes": game.sizes, "network": "gru", "hidden_dim": 8}
         for name in ("expert", "rookie", "novice"):
-            meta, weights = (
-                {"env": env, "network": network},
-                collect_data.AgentNetwork(**network).state_dict(),
-            )
+            meta, weights = {"env": env, "network": network}, evaluate.AgentNetwork(**network).state_dict()
             collect_data.save_checkpoint(tmp_path / f"{name}.pt", "expert", args, meta, weights, {}, {})
     collect_data.main(args)
     with np.load(path) as file:

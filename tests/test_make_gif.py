@@ -44,14 +44,11 @@ def test_returns_are_those_of_the_episodes_that_evaluate_plays():
     assert np.ptp(np.stack(positions), axis=0).min() > 0  # copies, not one world 26 times
 
 
-@pytest.mark.parametrize(
-    "path, names, problem",
-    [
-        ("rollout.png", (), "must end in .gif"),
-        ("rollout.gif", ("one",), "give each of 2 policies a name"),
-        ("folder.gif", ("one", "two"), "cannot be written"),
-    ],
-)
+MISTAKES = [("rollout.png", (), "must end in .gif"), ("folder.gif", ("one", "two"), "cannot be written")]
+MISTAKES += [("rollout.gif", ("one",), "give each of 2 policies a name")]
+
+
+@pytest.mark.parametrize("path, names, problem", MISTAKES)
 def test_mistakes_are_told(path, names, problem, tmp_path):
     (tmp_path / "folder.gif").mkdir()
     args = make_gif.Args(("random", EXPERT), gif_path=str(tmp_path / path), names=names, num_episodes=1)

@@ -28,16 +28,9 @@ def reward(env):
     return speeds + speeds.flip(0)
 
 
-GAME = replace(
-    make_game("spread-2x1"),
-    name="speed",
-    observation_dim=3,
-    observe=observe,
-    reward=reward,
-    body_sizes=(-float("inf"),) * 2,
-    acceleration=tuple(5 * strength for strength in STRENGTHS),
-    horizon=6,
-)
+PARTS = {"observation_dim": 3, "observe": observe, "reward": reward, "body_sizes": (-float("inf"),) * 2}
+PARTS |= {"acceleration": tuple(5 * strength for strength in STRENGTHS), "horizon": 6}
+GAME = replace(make_game("spread-2x1"), name="speed", **PARTS)
 # Pushed towards the landmark from rest, the speed after t steps is 2 * (1 - 0.75^t) times the strength, and
 # the landmark is at a distance of 1/2 on average. The other's part of the reward does not change.
 GAPS = [strength * 0.5 * sum(2 * (1 - 0.75**t) for t in range(1, 7)) for strength in STRENGTHS]
@@ -126,10 +119,9 @@ def test_pairs_are_the_episodes_that_make_actor_plays():
         deviates = (torch.arange(M)[:, None] % 2 == 0) & (step % 3 == 1)
         return torch.where(deviates, 13, known_actions[:, [0, 1], [1, 0]])
 
-    baseline, generator = torch.tensor([1, 0]), torch.Generator().manual_seed(3)
-    inputs, known_actions, actions, gains = play_pairs(
-        game, policies, respond, baseline, M, generator, False, torch.float64
-    )
+    baseline = torch.tensor([1, 0])
+    words = game, policies, respond, baseline, M, torch.Generator().manual_seed(3), False, torch.float64
+    inputs, known_actions, actions, gains = play_pairs(*words)
 
     def play(agent, responds):
         """The returns of the agent, the others follow the first policy."""

@@ -58,8 +58,7 @@ def test_shared_blocks_are_identical():
 
 
 def test_every_block_is_shared():
-    alone = [name for name, copies in read_blocks().items() if len(copies) < 2]
-    assert alone == []
+    assert [name for name, copies in read_blocks().items() if len(copies) < 2] == []
 
 
 def test_the_checker_names_both_places_and_repairs(tmp_path):

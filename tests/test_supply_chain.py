@@ -17,10 +17,9 @@ from conftest import ROOT
 SCRIPT = {"torch", "numpy", "tyro", "tqdm"}
 INSIDE_FUNCTIONS = {"wandb", "mpe2", "pettingzoo"}  # where a flag asks for it
 BENCHMARK = {"matplotlib", "PIL", "scipy"}
-TESTS = {"pytest", "hypothesis"}
+FOLDERS = {".": set(), "benchmark": BENCHMARK, "tests": BENCHMARK | {"pytest", "hypothesis"}}
 DISTRIBUTIONS = {"PIL": "pillow"}  # of packages that are imported by another name than they are installed by
 NOT_IMPORTED = {"ruff", "pytest-xdist", "pygame-ce"}  # the linter; tests on two cores; mpe2 imports pygame
-FOLDERS = (".", "benchmark", "tests")
 FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 SCRIPTS = [path.stem for path in FILES if len(path.parts) == 1]
 
@@ -40,12 +39,7 @@ def imports(path: Path, top_level_only=False) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_are_listed_and_there(path):
-    allowed = SCRIPT | INSIDE_FUNCTIONS
-    if len(path.parts) > 1:
-        allowed = allowed | BENCHMARK
-    if path.parts[0] == "tests":
-        allowed = allowed | TESTS
-    assert imports(path) <= allowed
+    assert imports(path) <= SCRIPT | INSIDE_FUNCTIONS | FOLDERS[str(path.parent)]
     for name in imports(path):
         importlib.import_module(name)
     if len(path.parts) == 1:  # a script that is copied alone starts with these

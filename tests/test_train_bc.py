@@ -8,7 +8,7 @@ from functools import partialmethod
 import numpy as np
 import pytest
 import torch
-from conftest import made_up_arrays, same_weights, without
+from conftest import made_up_arrays, read, rebuild, same_weights, without
 from tqdm import tqdm
 
 import train_bc
@@ -20,7 +20,7 @@ SMALL = {"env": "made-up", "device": "cpu", "hidden_dim": 16}
 
 def learn(data_path, path="", **flags) -> dict:
     train_bc.main(Args(data_path=str(data_path), bc_path=str(path), **SMALL | {"num_updates": 20} | flags))
-    return torch.load(path, weights_only=True) if path else {}
+    return read(path) if path else {}
 
 
 def test_loss_against_a_slow_loop():
@@ -49,8 +49,7 @@ def test_learns_a_known_player(tmp_path):
     entropy = -p * math.log(p) - 6 * (0.2 / 7) * math.log(0.2 / 7)
     assert entropy - 0.1 < checkpoint["metrics"]["bc/nll"] < entropy + 0.2
     assert checkpoint["metrics"]["bc/accuracy"] == pytest.approx(p, abs=0.06)
-    policy = AgentNetwork(**checkpoint["meta"]["network"])
-    policy.load_state_dict(checkpoint["state_dict"])
+    policy = rebuild(AgentNetwork, checkpoint)
     observations = torch.randn(200, T, A, 5, generator=torch.Generator().manual_seed(2))
     early = torch.arange(T)[:, None] < 4
     intended = torch.where((observations[..., 0] > 0) & early, torch.arange(A) + 1, 0)
@@ -79,7 +78,7 @@ def test_keep_imitates_the_highest_learned_returns_only(reward_path, made_up_dat
     monkeypatch.setattr(train_bc, "train", train)
     for keep, name in ((1.0, "bc-seed1.pt"), (0.25, "bc-keep0.25-seed1.pt")):
         learn(made_up_data, keep=keep)
-        returns = torch.load(reward_path, weights_only=True)["stats"]["team_returns"].tolist()
+        returns = read(reward_path)["stats"]["team_returns"].tolist()
         best = sorted(range(60), key=lambda n: -returns[n])[: int(60 * keep)]
         assert seen["training"] | seen["held_out"] == set(best)
         assert not seen["training"] & seen["held_out"] and len(seen["held_out"]) == len(best) // 10
@@ -112,9 +111,7 @@ def test_few_trajectories(count, enough, tmp_path):
     assert history["update"] == list(range(2, 51, 2)) and len(history["bc/nll"]) == 25
 
 
-def test_equal_commands_give_equal_results_with_and_without_labels_and_progress_bar(
-    made_up_data, tmp_path, monkeypatch
-):
+def test_equal_results_with_and_without_labels_and_progress_bar(made_up_data, tmp_path, monkeypatch):
     stripped = without(made_up_data, ("pairs", "labels", "true_rewards"), tmp_path / "stripped.npz")
     metrics = []
     for name, data_path in (("a", made_up_data), ("b", made_up_data), ("c", stripped)):

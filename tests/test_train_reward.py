@@ -6,16 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import made_up_arrays, same_weights, without
+from conftest import made_up_arrays, read, rebuild, same_weights, without
 
 import train_reward
 from train_reward import Args, RewardNetwork, load_dataset, reward_loss, split_into_blocks
 
 ARRAYS = ("observations", "actions", "pairs", "labels")
-
-
-def read(path) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 def learn(data_path, path, **flags) -> dict:
@@ -61,15 +57,12 @@ def test_loss_against_a_slow_loop(team):
     assert accuracy.item() == pytest.approx(np.mean(hits))
 
 
-@pytest.mark.parametrize(
-    ("labels", "accuracy"),
-    [([1, 1, -1, 1], 3.5 / 4), ([-1, -1, 1, 1], 1.5 / 4), ([0, 0, 0, 1], 1.0), ([1, 0, 1, 0], 0.25)],
-)
+TIES = [([1, 1, -1, 1], 3.5 / 4), ([-1, -1, 1, 1], 1.5 / 4), ([0, 0, 0, 1], 1.0), ([1, 0, 1, 0], 0.25)]
+
+
+@pytest.mark.parametrize(("labels", "accuracy"), TIES)
 def test_ties_of_the_model_count_half_and_labels_of_zero_not_at_all(labels, accuracy):
-    rewards, pairs = (
-        torch.tensor([1.0, 1.0, 3.0]).view(3, 1, 1),
-        torch.tensor([[0, 1], [2, 0], [0, 2], [2, 1]]),
-    )
+    rewards, pairs = torch.tensor([[[1.0]], [[1.0]], [[3.0]]]), torch.tensor([[0, 1], [2, 0], [0, 2], [2, 1]])
     assert reward_loss(rewards, pairs, torch.tensor(labels).float().view(4, 1), 0.0)[3].item() == accuracy
 
 
@@ -128,10 +121,8 @@ def test_no_trajectory_stands_in_both_parts(case, spread_data, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("batch_size", "updates"), [(1, 36), (64, 36), (256, 9), (10_000, 1)])
-def test_a_minibatch_is_whole_blocks_with_their_own_pairs(
-    batch_size, updates, spread_data, tmp_path, monkeypatch
-):
-    """Before anything is learned, the mean over minibatches is that over the training part."""
+def test_a_minibatch_is_whole_blocks(batch_size, updates, spread_data, tmp_path, monkeypatch):
+    """With their own pairs: before anything is learned, their mean is that over the training part."""
     seen = []
 
     def recorded(rewards, *rest):
@@ -149,43 +140,32 @@ def test_a_minibatch_is_whole_blocks_with_their_own_pairs(
 
 def test_learns_from_at_most_so_many_pairs(spread_data, tmp_path, monkeypatch):
     """Drawn at random, with their labels; blocks stay whole: trained on or held out."""
-    seen = []
-    monkeypatch.setattr(
-        "train_reward.split_into_blocks", lambda *x: seen.append(x[0]) or split_into_blocks(*x)
-    )
+    seen, split = [], split_into_blocks
+    monkeypatch.setattr(train_reward, "split_into_blocks", lambda *x: seen.append(x[0]) or split(*x))
     learn(spread_data, tmp_path / "reward.pt", max_pairs=300, max_epochs=1)
     with np.load(spread_data) as arrays:
-        table = Counter(
-            (*p, *x) for p, x in zip(arrays["pairs"].tolist(), arrays["labels"].tolist(), strict=True)
-        )
-    rows = [(*p, *x) for p, x in zip(seen[0]["pairs"].tolist(), seen[0]["labels"].tolist(), strict=True)]
-    assert len(rows) == 300 and Counter(rows) <= table
+        table, drawn = (np.hstack([x["pairs"], x["labels"]]).tolist() for x in (arrays, seen[0]))
+    assert len(drawn) == 300 and Counter(map(tuple, drawn)) <= Counter(map(tuple, table))
     assert len(seen[0]["block"][seen[0]["pairs"][:, 0]].unique()) > 30  # of 40
 
 
-@pytest.mark.parametrize("input", ["joint", "own"])
-def test_what_the_model_sees(input):
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+@pytest.mark.parametrize(("input", "agents"), [("joint", (0, 1, 2)), ("own", (1,))])
+def test_what_the_model_sees(input, agents, network):
+    """The present, or by a GRU also the past, of its own trajectory."""
     torch.manual_seed(0)
-    model = RewardNetwork((4, 3, 5), input, hidden_dim=16)
+    model = RewardNetwork((4, 3, 5), input, network, hidden_dim=16)
     observations, actions = torch.randn(2, 6, 3, 4), torch.randint(5, (2, 6, 3))
     base = model(observations, actions)
     assert base.shape == (2, 6, 3)
     other_observations, other_actions = observations.clone(), actions.clone()
-    other_observations[:, 2, 1] += 1
-    other_actions[:, 4, 2] = (other_actions[:, 4, 2] + 1) % 5
-    by_observation = (model(other_observations, actions) != base).any(dim=0).nonzero().tolist()  # (T, A)
-    by_action = (model(observations, other_actions) != base).any(dim=0).nonzero().tolist()
-    assert by_observation == ([[2, 0], [2, 1], [2, 2]] if input == "joint" else [[2, 1]])
-    assert by_action == [[4, 2]]
-
-
-def test_a_gru_reads_only_the_past_of_its_own_trajectory():
-    model = RewardNetwork((4, 2, 5), network="gru", hidden_dim=16)
-    observations, actions = torch.randn(2, 6, 2, 4), torch.zeros(2, 6, 2)
-    changed = observations.clone()
-    changed[0, 3] += 1
-    differs = (model(changed, actions) != model(observations, actions)).any(dim=2)
-    assert differs.tolist() == [[False] * 3 + [True] * 3, [False] * 6]
+    other_observations[0, 2, 1] += 1
+    other_actions[0, 4, 2] = (other_actions[0, 4, 2] + 1) % 5
+    by_observation = (model(other_observations, actions) != base).nonzero().tolist()
+    by_action = (model(observations, other_actions) != base).nonzero().tolist()
+    recurrent = network == "gru"
+    assert by_observation == [[0, t, i] for t in range(2, 6 if recurrent else 3) for i in agents]
+    assert by_action == [[0, t, 2] for t in range(4, 6 if recurrent else 5)]
 
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
@@ -205,8 +185,7 @@ def test_learns_the_reward_of_a_game_that_nobody_knows(network, tmp_path):
     data = load_dataset(data_path, "made-up", ARRAYS, ("true_rewards",))[0]
     torch.manual_seed(1)
     training, test = split_into_blocks(data, data_path)
-    model = RewardNetwork(**checkpoint["meta"]["network"])
-    model.load_state_dict(checkpoint["state_dict"])
+    model = rebuild(RewardNetwork, checkpoint)
     r_phi = model(data["observations"][:, :-1], data["actions"]).detach()
     torch.testing.assert_close(stats["team_returns"], r_phi.sum(dim=(1, 2)))
     of_training, of_test = r_phi[training[0].unique()], r_phi[test[0].unique()]

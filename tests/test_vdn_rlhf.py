@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import made_up_arrays, same_weights, without
+from conftest import made_up_arrays, read, rebuild, same_weights, without
 
 import train_bc
 import train_reward
@@ -18,8 +18,9 @@ MADE_UP = {"env": "made-up", "device": "cpu"}
 SMALL = MADE_UP | {"hidden_dim": 16, "num_updates": 20}
 
 
-def read(path) -> dict:
-    return torch.load(path, weights_only=True)
+def model_paths(data_path) -> dict[str, str]:
+    names = {"reward_path": "reward-alpha0-seed1.pt", "bc_path": "bc-seed1.pt"}
+    return {flag: str(data_path.with_name(name)) for flag, name in names.items()}
 
 
 def make_models(folder, num_trajectories=60, num_pairs=400):
@@ -163,13 +164,8 @@ def test_the_loss_gets_equation_3(known_kl, few_data, tmp_path, monkeypatch):
     with np.load(few_data) as file:
         observations = torch.from_numpy(file["observations"])[batch][:, :-1]
         expected_actions = torch.from_numpy(file["actions"])[batch].long()
-    reward, bc = (read(few_data.with_name(name)) for name in ("reward-alpha0-seed1.pt", "bc-seed1.pt"))
-    reward_model, reference = (
-        RewardNetwork(**reward["meta"]["network"]),
-        AgentNetwork(**bc["meta"]["network"]),
-    )
-    reward_model.load_state_dict(reward["state_dict"])
-    reference.load_state_dict(bc["state_dict"])
+    reward, bc = map(read, model_paths(few_data).values())
+    reward_model, reference = rebuild(RewardNetwork, reward), rebuild(AgentNetwork, bc)
     kl = 2 * (reference(observations)[0].log_softmax(dim=-1) + math.log(7))
     r_std = (reward_model(observations, expected_actions) - reward["stats"]["mean"]) / reward["stats"]["std"]
     expected = sum(r_std[..., i] + kl[:, :, i].gather(-1, actions[..., i : i + 1])[..., 0] for i in range(4))
@@ -196,11 +192,10 @@ def test_updates_follow_the_schedule_and_the_target_follows_slowly(few_data, tmp
 
 def test_labels_and_true_rewards_change_no_bit_and_equal_commands_give_equal_results(few_data, tmp_path):
     stripped = without(few_data, ("true_rewards", "labels", "pairs"), tmp_path / "stripped.npz")
-    names = {"reward_path": "reward-alpha0-seed1.pt", "bc_path": "bc-seed1.pt"}
-    models = {flag: str(few_data.with_name(name)) for flag, name in names.items()}
+    paths = model_paths(few_data)
     metrics = []
     for name, data_path in (("with", few_data), ("without", stripped), ("again", few_data)):
-        metrics.append(learn(data_path, tmp_path / f"{name}.pt", network="gru", **models)["metrics"])
+        metrics.append(learn(data_path, tmp_path / f"{name}.pt", network="gru", **paths)["metrics"])
         metrics[-1].pop("speed/updates_per_second")
     assert all(same_weights(tmp_path / "with.pt", tmp_path / f"{name}.pt") for name in ("without", "again"))
     assert metrics[0] == metrics[1] == metrics[2]
@@ -212,15 +207,10 @@ def test_models_of_another_dataset_are_refused_at_their_default_paths(changed, t
     data_path, arrays = make_models(tmp_path), made_up_arrays()
     arrays[changed] = -arrays[changed]
     np.savez(data_path, **arrays)
-    with pytest.raises(
-        vdn_rlhf.UserError, match=f"reward-alpha0-seed1.pt: made with other.*another {changed}"
-    ):
+    problem = f"reward-alpha0-seed1.pt: made with other.*another {changed}"
+    with pytest.raises(vdn_rlhf.UserError, match=problem):
         learn(data_path, tmp_path / "vdn.pt")
-    named = {
-        "reward_path": str(tmp_path / "reward-alpha0-seed1.pt"),
-        "bc_path": str(tmp_path / "bc-seed1.pt"),
-    }
-    learn(data_path, tmp_path / "vdn.pt", **named)  # by its path anything may be had
+    learn(data_path, tmp_path / "vdn.pt", **model_paths(data_path))  # by its path anything may be had
 
 
 def test_beta_pulls_towards_the_reference(few_data, tmp_path):
@@ -229,16 +219,16 @@ def test_beta_pulls_towards_the_reference(few_data, tmp_path):
     assert free < bound - 0.05 and bound > -math.log(7)
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, {"td_lambda": 0.0}, {"known_kl": False}, {"network": "gru", "td_lambda": 0.0}], ids=str
-)
+VARIANTS = [{}, {"td_lambda": 0.0}, {"known_kl": False}, {"network": "gru", "td_lambda": 0.0}]
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=str)
 def test_finds_the_best_policy_of_a_game_that_nobody_knows(flags, many_data, tmp_path, capsys):
     """Agent i earns by playing action i: after training, that is what it plays; and the file says how."""
     flags = {"beta": 0.1, "num_updates": 300, "hidden_dim": 32, **flags}
     checkpoint = learn(many_data, tmp_path / "vdn.pt", **flags)
     assert "test returns skipped" in capsys.readouterr().out
-    policy = VDNPolicy(**checkpoint["meta"]["network"])
-    policy.load_state_dict(checkpoint["state_dict"])
+    policy = rebuild(VDNPolicy, checkpoint)
     observations = torch.randn(200, 9, 4, 5, generator=torch.Generator().manual_seed(9))
     greedy = policy(observations)[0].argmax(dim=-1)  # (B, T, A)
     assert (greedy == torch.arange(4)).float().mean() > 0.9
