@@ -35,7 +35,7 @@ import train_reward
 import vdn_rlhf
 from collect_data import BLOCK_SIZE, ParticleEnv, draw_pairs, make_game, save_file
 
-NUM_BLOCKS, ROUNDS = 10, 5  # of random data: 2,560 trajectories; times that a rate is measured
+NUM_BLOCKS, ROUNDS = 40, 5  # of random data: 2,560 trajectories; times that a rate is measured
 
 
 @dataclass
@@ -85,7 +85,7 @@ def play_episode(name: str, num_envs: int, args: Args):
 def trajectories_per_second(folder: Path, args: Args) -> list[float]:
     """Of the diversified mixture in spread, with policies, pairs, labels and writing; two sizes, because what
     it takes to start is not part of the rate."""
-    sizes, seconds = (BLOCK_SIZE * 10, BLOCK_SIZE * 40), []
+    sizes, seconds = (2_560, 10_240), []
     for size in sizes:
         start, path = time.perf_counter(), str(folder / f"{size}.npz")
         collect_data.main(collect_data.Args(num_trajectories=size, device=args.device, data_path=path))
@@ -214,7 +214,7 @@ def measure(folder: Path, args: Args):
     vdn = {f"{name}_path": str(folder / f"{name}.pt") for name in ("reward", "bc")} | few | {"batch_size": 64}
     small = {**vdn, "network": "gru", "hidden_dim": 64, "batch_size": 32}
     trainers = {  # a minibatch of the reward model is a block
-        "reward model, 256 trajectories": (train_reward, "reward.pt", {"max_epochs": 1}),
+        "reward model, 64 trajectories": (train_reward, "reward.pt", {"max_epochs": 1}),
         "BC, 64 trajectories": (train_bc, "bc.pt", few),
         "VDN, mlp, 64 trajectories": (vdn_rlhf, "vdn-mlp.pt", vdn),
         "VDN, gru, 64 trajectories": (vdn_rlhf, "vdn-gru.pt", {**vdn, "network": "gru"}),
