@@ -189,7 +189,11 @@ def rivals(results: list[dict]) -> str:
             plain = choose(results, "vdn", game, mixture, **standard(game, beta=beta))
             seeds = " ".join(str(result["args"]["seed"]) for result in plain) or "none"
             head.append(f"{game}, {mixture}")
-            columns.append([seeds, player(game, best), *bold_best(cells)])
+            oracle = list(RIVALS).index("VDN, true rewards")  # sees what no learner sees: never bold
+            truth, cells[oracle] = cells[oracle], ""
+            cells = bold_best(cells)
+            cells[oracle] = truth
+            columns.append([seeds, player(game, best), *cells])
     names = ["training seeds", "best player of the data", *RIVALS]
     return table(head, [list(row) for row in zip(names, *columns, strict=True)])
 
