@@ -4,7 +4,7 @@
 #
 #   bash benchmark/gpu.sh OUT [WHEELS]
 #   PARTS=45 bash benchmark/gpu.sh OUT                   two of its parts
-#   DEVICE=cpu SCALE=smoke bash benchmark/gpu.sh OUT     tries all of it, small, without a GPU; SLOWER=20: where others work
+#   DEVICE=cpu SCALE=smoke bash benchmark/gpu.sh OUT     tries all of it, small, without a GPU
 set -uo pipefail
 mkdir -p "$1" && OUT=$(realpath "$1") work=$(mktemp -d)
 wheels=${2:+$(realpath "$2")}
@@ -17,10 +17,10 @@ mkdir bin && printf '#!/bin/sh\nexec python3 "$@"\n' >bin/python && chmod +x bin
 command -v python >/dev/null || export PATH=$PATH:$work/bin
 
 export OUT DEVICE=${DEVICE:-cuda} SCALE=${SCALE:-paper} OMP_NUM_THREADS=1 TQDM_MININTERVAL=30
-processes=8 seconds=3 slower=${SLOWER:-1} few= first=true games="spread reference" # tag has 50,000 updates of a GRU
+processes=8 seconds=3 slower=1 few= first=true games="spread reference" # tag has 50,000 updates of a GRU
 if [ "$SCALE" = smoke ]; then
   export MIXTURES=diversified
-  processes=2 seconds=0.01 slower=${SLOWER:-5} few="--num-updates 20" games=spread
+  processes=2 seconds=0.01 slower=5 few="--num-updates 20" games=spread
   first="python collect_data.py --num-trajectories 2560 && python train_reward.py --max-epochs 1 && python train_bc.py $few"
 fi
 

@@ -6,6 +6,7 @@ and outputs are those of vdn_rlhf.py, the method marks the file name. --method:
     cql       the conservative term of CQL (Kumar et al., 2020) instead of the KL term
     ipl       inverse preference learning (Hejna and Sadigh, 2023): Q-values from the labels, no r_phi
     true-returns  writes the reward model again with the true team returns, for train_bc.py --keep
+The closing table calls all of them VDN-RLHF, but ipl.
 
 Usage: python benchmark/rivals.py --env spread --method oracle"""
 
@@ -20,7 +21,6 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,10 +38,6 @@ IPL_BETA, IPL_PENALTY = 0.1, 0.5  # temperature of its soft values; weight of th
 class Args(vdn_rlhf.Args):
     method: Literal["zero", "shuffled", "oracle", "cql", "ipl", "true-returns"] = "oracle"
     """see above"""
-
-
-def standardize(rewards):
-    return (rewards - rewards.mean()) / rewards.std(correction=0).clamp(min=1e-8)
 
 
 def cql_loss(q, target_q, actions, rewards, gamma, td_lambda):
@@ -123,9 +119,11 @@ def learn_from_labels(args: Args, path: Path, data_path: Path, bc_path: Path) ->
 
 def main(args: Args) -> None:
     args = replace(args, run_name=args.method)
-    folder = Path(args.data_path or f"runs/{args.env}/{args.dataset}/dataset.npz").parent
-    with np.load(args.data_path or folder / "dataset.npz") as arrays:
-        true_rewards = torch.from_numpy(arrays["true_rewards"])  # (N, T, A)
+    data_path = Path(args.data_path or f"runs/{args.env}/{args.dataset}/dataset.npz")
+    folder = data_path.parent
+    if args.method in ("oracle", "true-returns"):
+        names = ("actions", "true_rewards")
+        true_rewards = vdn_rlhf.load_dataset(data_path, args.env, names)[0]["true_rewards"]  # (N, T, A)
     if args.method == "true-returns":
         path = folder / f"reward-alpha{args.alpha:g}-seed{args.seed}.pt"
         made = path.with_name(path.name.replace("reward-", "reward-true-returns-"))
@@ -138,14 +136,16 @@ def main(args: Args) -> None:
         name = f"vdn-ipl-beta{args.beta:g}-alpha{args.alpha:g}-seed{args.seed}.pt"
         path = Path(args.vdn_path or folder / name)
         bc_path = Path(args.bc_path or folder / f"bc-seed{args.seed}.pt")
-        learn_from_labels(args, path, folder / "dataset.npz", bc_path)
+        learn_from_labels(args, path, data_path, bc_path)
     else:  # vdn_rlhf.py with one function replaced; it asks for the rewards of 1,024 trajectories at a time
-        truth = iter(standardize(true_rewards).split(1024))
         learned = vdn_rlhf.team_rewards
+        if args.method == "oracle":
+            truth = iter(true_rewards.split(1024))
+            true_stats = {"mean": true_rewards.mean().item(), "std": true_rewards.std(correction=0).item()}
         vdn_rlhf.team_rewards = {
             "zero": lambda r_phi, stats, kl: kl.sum(dim=-1),
             "shuffled": lambda r_phi, stats, kl: learned(r_phi[torch.randperm(len(r_phi))], stats, kl),
-            "oracle": lambda r_phi, stats, kl: (next(truth).to(kl) + kl).sum(dim=-1),
+            "oracle": lambda r_phi, stats, kl: learned(next(truth).to(kl), true_stats, kl),
             "cql": learned,
         }[args.method]
         if args.method == "cql":

@@ -5,7 +5,7 @@ source "$(dirname "$0")/settings.sh"
 mixtures=${MIXTURES:-diversified no-expert}
 methods=${METHODS:-zero shuffled oracle cql ipl}
 each() { for mixture in $mixtures; do for game in $games; do "$@" $game $mixture; done; done; } # command
-rival() { echo "python benchmark/rivals.py $(flags $1 $2) --seed $seed --resume $policy_flags --beta $(beta $1 $2) ${*:3}"; }
+rival() { echo "python benchmark/rivals.py $(flags $1 $2) --seed $seed --resume $policy_flags $(beta $2) ${*:3}"; }
 imitate() {
   bc $1 $2 $seed
   bc $1 $2 $seed --keep 0.25
@@ -13,8 +13,8 @@ imitate() {
   bc $1 $2 $seed --keep 0.25 --run-name true-returns --reward-path $truth
 }
 learn() {
-  vdn $1 $2 $seed --beta $(beta $1 $2)
-  vdn $1 $2 $seed --beta $(beta $1 $2) --keep 0.25
+  vdn $1 $2 $seed $(beta $2)
+  vdn $1 $2 $seed $(beta $2) --keep 0.25
   for method in $methods; do rival $1 $2 --method $method; done
 }
 

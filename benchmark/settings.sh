@@ -22,7 +22,7 @@ reward_model() { echo "python train_reward.py $(flags "$1" "$2") --seed $3 --res
 bc() { echo "python train_bc.py $(flags "$1" "$2") --seed $3 --resume $policy_flags ${*:4}"; }
 vdn() { echo "python vdn_rlhf.py $(flags "$1" "$2") --seed $3 --resume $policy_flags ${*:4}"; }
 
-beta() { case $1/$2 in */no-expert) echo 0 ;; tag/*) echo 3 ;; *) echo 1 ;; esac; } # of game and mixture, see report.py
+beta() { [ "$1" != no-expert ] || echo "--beta 0"; } # of a mixture: NO_EXPERT_BETA of report.py, else the scripts' default
 
 run() { bash benchmark/run.sh $print; }
 report() { [ -n "$print" ] || python benchmark/report.py; }

@@ -14,6 +14,7 @@ from scipy import stats
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import figures
 import report
 import rivals
 
@@ -62,6 +63,8 @@ def test_printed_commands_have_flags_that_their_scripts_know(name):
         if script in modules:
             known = {f"--{name.replace('_', '-')}" for name in vars(modules[script].Args())}
             assert {word for word in words if word.startswith("--")} <= known
+        if name == "rivals" and "no-expert" in words and "vdn_rlhf.py" in script:
+            assert words[words.index("--beta") + 1] == f"{report.NO_EXPERT_BETA:g}"
 
 
 def test_a_small_table_runs_from_nothing_and_again_at_once(tmp_path):
@@ -78,12 +81,10 @@ def test_a_small_table_runs_from_nothing_and_again_at_once(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/spread/diversified-data2-smoke"
     made = {path.name for path in folder.glob("*.pt")}
-    rewards, policies = ("", "true-returns-"), ("", "keep0.25-", "true-returns-keep0.25-")
-    assert made == {
-        *(f"reward-{name}alpha1-seed4.pt" for name in rewards),
-        *(f"bc-{name}seed4.pt" for name in policies),
-        *(f"vdn-{name}beta1-alpha1-seed4.pt" for name in ("", "keep0.25-", "zero-", "ipl-")),
-    }
+    prefixes = {"reward": ("", "true-returns-"), "bc": ("", "keep0.25-", "true-returns-keep0.25-")}
+    prefixes |= {"vdn": ("", "keep0.25-", "zero-", "ipl-")}
+    names = {"reward": "alpha1-seed4.pt", "bc": "seed4.pt", "vdn": "beta1-alpha1-seed4.pt"}
+    assert made == {f"{kind}-{prefix}{names[kind]}" for kind in names for prefix in prefixes[kind]}
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert run(command, tmp_path, **environment).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -98,14 +99,9 @@ def made_up_result(seed: int, score: float, reference: float, **changes) -> dict
 
 
 def test_a_cell_is_made_of_its_own_runs_alone():
-    results = [
-        made_up_result(5, 80, 60),
-        made_up_result(4, 90, 70),
-        made_up_result(4, 0, 0, beta=3.0),
-        made_up_result(4, 0, 0, run_name="x"),
-        made_up_result(4, 0, 0, keep=0.25),
-        made_up_result(4, 0, 0, preset="paper", run_name="paper"),
-    ]
+    others = ({"beta": 3.0}, {"run_name": "x"}, {"keep": 0.25}, {"preset": "paper", "run_name": "paper"})
+    results = [made_up_result(5, 80, 60), made_up_result(4, 90, 70)]
+    results += [made_up_result(4, 0, 0, **changes) for changes in others]
     row = report.table_2(results).splitlines()[2]
     std = np.std([80, 90], ddof=1)
     assert row.startswith(f"| spread | diversified | 2 | 65.0 ± {std:.1f} | **85.0 ± {std:.1f}** |")
@@ -140,3 +136,11 @@ def test_results_are_of_the_present_code():
 def test_results_name_no_place_of_a_machine():
     for path in (ROOT / "benchmark/results").rglob("*.json"):
         assert not re.search(r'"[^"]*(/home/|/root/|/tmp/|/work/)', json.dumps(json.loads(path.read_text())))
+
+
+def test_the_figure_over_beta_shows_the_committed_scores(tmp_path):
+    figures.draw_betas(figures.Args(folder=str(tmp_path)))
+    for axis, row in zip(figures.plt.gcf().axes, report.no_expert(RESULTS).splitlines()[2:], strict=True):
+        numbers = [float(cell.strip(" *").split(" ")[0]) for cell in row.split("|")[3:-1]]
+        drawn = [*axis.lines[0].get_ydata(), *(line.get_ydata()[0] for line in axis.lines[-4:])]
+        assert drawn == pytest.approx([*numbers[2:7], numbers[7], *numbers[:2], 0], abs=0.06)
