@@ -39,7 +39,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-VERSION = 2  # raised when a change of this file changes its results
+VERSION = 2  # raised when a change of this file changes its results by more than rounding
 MIXTURES = {  # parts of expert, unilateral, rookie and trivial play: Table 1, and two without any expert
     "diversified": (1, 1, 1, 1),
     "mix-unilateral": (2, 1, 0, 1),

@@ -45,7 +45,7 @@ try:  # test returns are the work of evaluate.py, where it stands beside this sc
 except ImportError:
     find_game = None
 
-VERSION = 1  # raised when a change of this file changes its results
+VERSION = 1  # raised when a change of this file changes its results by more than rounding
 
 
 @dataclass
@@ -193,11 +193,11 @@ def q_lambda_targets(rewards, values, chosen_values, gamma: float, td_lambda: fl
     * (G_{t+1} - Q_{t+1}(a_{t+1}))), all (B, T), V of greedy actions, a of the behavior; lambda 0: one-step
     targets. G, V and Q are 0 after step T, where the game ends: nothing is bootstrapped past it. TD(lambda),
     with V for the last Q, would charge a_t with what the behavior loses by its later actions."""
-    targets = [rewards[:, -1]]
-    for t in range(rewards.shape[1] - 2, -1, -1):
-        correction = targets[-1] - chosen_values[:, t + 1]
-        targets.append(rewards[:, t] + gamma * (values[:, t + 1] + td_lambda * correction))
-    return torch.stack(targets[::-1], dim=1)
+    later = gamma * (values[:, 1:] - td_lambda * chosen_values[:, 1:])
+    terms = rewards + torch.cat([later, torch.zeros_like(rewards[:, :1])], dim=1)
+    steps = torch.arange(terms.shape[1], device=terms.device)  # G_t = sum of (gamma * lambda)^(s - t) terms_s
+    weights = ((gamma * td_lambda) ** (steps[:, None] - steps).clamp(min=0)).tril().to(terms.dtype)
+    return torch.einsum("st,bs...->bt...", weights, terms)
 
 
 def vdn_loss(q, target_q, actions, rewards, gamma: float, td_lambda: float) -> torch.Tensor:
@@ -270,7 +270,6 @@ def main(args: Args) -> None:
     policy = VDNPolicy(online, reference, args.beta if args.known_kl else 0.0)
     lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
     optimizer = torch.optim.Adam(online.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_updates)
 
     def update(batch):  # (B,): indices of trajectories
         seen, known = observations[batch, :-1], kl[batch] if args.known_kl else 0.0
@@ -298,7 +297,7 @@ def main(args: Args) -> None:
         metrics = {"losses/td_loss": loss.item(), "charts/log_pi_ref": log_pi_ref.mean().item()}
         return metrics | (game.metrics(mean_return(game, policy, device, args.seed, 1024)) if game else {})
 
-    parts = {"online": online, "target": target, "optimizer": optimizer, "schedule": schedule}
+    parts = {"online": online, "target": target, "optimizer": optimizer}
     speed, history = train(args, path, sources, parts, update, batches, evaluate, len(batches) // 20 or 1)
     metrics = {name: curve[-1] for name, curve in history.items()} | {"speed/updates_per_second": speed}
     if game is not None:  # the closing table: everybody from the same start states
@@ -353,8 +352,8 @@ def is_finished(path: Path, kind: str, args, sources: dict[str, str]) -> bool:
 
 
 def train(args, path: Path, sources: dict, parts: dict, update, batches, evaluate, every: int):
-    """update(batch) for every row of `batches`, evaluate(its output) -> metrics after every `every` of them.
-    parts: optimizer, schedule, all else that has a state. -> updates per second, history {metric: list}."""
+    """update(batch) for every row of `batches`, the learning rate falling along a cosine, and evaluate(its
+    output) -> metrics after `every` of them. parts: all with a state. -> updates per second, history."""
     training_path, done, history, run_id = path.with_suffix(".training.pt"), 0, {}, f"{time.time_ns():x}"
     if training_path.exists():
         if not args.resume:
@@ -384,8 +383,9 @@ def train(args, path: Path, sources: dict, parts: dict, update, batches, evaluat
             meta = {"sources": sources, "update": done, "run_id": run_id}
             states = {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(training_path, "training", args, meta, {}, states, history)
+        for group in parts["optimizer"].param_groups:
+            group["lr"].fill_(args.learning_rate * (1 + math.cos(math.pi * done / len(batches))) / 2)
         output, done = update(batch), done + 1
-        parts["schedule"].step()
         if done % every == 0 or done == len(batches):
             metrics = evaluate(output)
             for name, value in {**metrics, "update": done}.items():

@@ -30,7 +30,9 @@ count from 0 in the code.
    [-1/2, 1/2].
 7. Lemma 4 writes pi for pi*, and Theorem 4 lost the sum over players of its own proof, sum_i max_{pi_i}.
 8. Algorithm 4 minimizes over deterministic policies. Ties, which the order of enumeration would decide for
-   (a1, b1), are decided at random.
+   (a1, b1), are decided at random. The uniform mixed policy, with a gap of 1/2 in each game of Table 4 (the
+   bound of Theorem 3, where the table shows 1), is no candidate: on single-policy data it ties with (a1, b1)
+   and (a2, b2), with values 0 of covered and +-1 of other cells, so that luck alone would choose it.
 """
 
 from __future__ import annotations

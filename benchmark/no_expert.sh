@@ -6,7 +6,7 @@ for game in $games; do collect $game no-expert; done | run
 
 for seed in $seeds; do
   for game in $games; do
-    reward_model $game no-expert $seed
+    reward_model $game no-expert $seed $(no_expert_reward $game no-expert)
     bc $game no-expert $seed
   done | run
   for beta in ${BETAS:-0 0.03 0.1 0.3 1}; do

@@ -217,30 +217,25 @@ def no_expert(results: list[dict]) -> str:
     return table([*head, "expert, not in the data"], rows)
 
 
-def few_labels(results: list[dict]) -> str:
+LABELS = {f"{n:,}": ("diversified", f"pairs{n}") for n in (100, 300, 1000, 3000, 10_000)}
+LABELS |= {"384,000": ("diversified", ""), "10 % flipped": ("diversified-mistakes", "")}
+LABELS |= {"ties below 0.1": ("diversified-ties", ""), "myopia 0.9": ("diversified-myopia", "")}
+LABELS |= {"one for the team": ("diversified-team-labels", "")}
+
+
+def labels(results: list[dict]) -> str:
     rows = []
     for game in ("spread", "reference"):
-        names = {f"{pairs:,}": f"pairs{pairs}" for pairs in (100, 300, 1000, 3000, 10_000)} | {"384,000": ""}
-        for pairs, name in names.items():
-            reward = choose(
-                results, "reward", game, "diversified", alpha=1.0, preset="default", run_name=name
-            )
-            cell = choose(results, "vdn", game, "diversified", **standard(game, run_name=name))
+        for pairs, (mixture, name) in LABELS.items():
+            reward = choose(results, "reward", game, mixture, alpha=1.0, preset="default", run_name=name)
+            cell = choose(results, "vdn", game, mixture, **standard(game, run_name=name))
             seeds = {result["args"]["seed"] for result in cell}
             reward = [result for result in reward if result["args"]["seed"] in seeds]
             quality = [mean_and_std(values(reward, f"reward/{x}"), 2) for x in ("accuracy", "correlation")]
             scores = [mean_and_std(values(cell, f"charts/{x}")) for x in ("reference_score", "score")]
             rows.append([game, pairs, len(cell), *quality, *bold_best(scores)])
-    head = [
-        "game",
-        "labelled pairs",
-        "seeds",
-        "reward/accuracy",
-        "reward/correlation",
-        "BC = pi_ref",
-        "VDN-RLHF",
-    ]
-    return table(head, rows)
+    head = ["game", "labelled pairs", "seeds", "reward/accuracy", "reward/correlation"]
+    return table([*head, "BC = pi_ref", "VDN-RLHF"], rows)
 
 
 ABLATION = {  # column: run name and changes of the standard flags; ablation.sh has the others
@@ -334,7 +329,7 @@ def make_sections(results: list[dict]) -> dict[str, str]:
     return {
         "rivals": rivals(results),
         "no-expert": no_expert(results),
-        "labels": few_labels(results),
+        "labels": labels(results),
         "ablation": ablation(results),
         "table-1": table_1(results),
         "table-2": table_2(results),

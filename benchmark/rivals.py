@@ -79,7 +79,6 @@ def learn_from_labels(args: Args, path: Path, data_path: Path, bc_path: Path) ->
     policy = vdn_rlhf.VDNPolicy(online, reference, IPL_BETA)
     lr = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam(online.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_updates)
     batches = torch.randint(len(training[0]), (args.num_updates, 1)).to(device)
 
     def update(batch):
@@ -103,7 +102,7 @@ def learn_from_labels(args: Args, path: Path, data_path: Path, bc_path: Path) ->
         tested = game.metrics(mean_return(game, policy, device, args.seed, 1024)) if game else {}
         return {"losses/td_loss": loss.item()} | tested
 
-    parts = {"online": online, "target": target, "optimizer": optimizer, "schedule": schedule}
+    parts = {"online": online, "target": target, "optimizer": optimizer}
     every = len(batches) // 20 or 1
     _, history = vdn_rlhf.train(args, path, sources, parts, update, batches, evaluate, every)
     metrics = {name: curve[-1] for name, curve in history.items()}

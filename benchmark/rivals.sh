@@ -20,7 +20,7 @@ learn() {
 
 each collect | run
 for seed in $seeds; do
-  stage() { reward_model $1 $2 $seed; } && each stage | run
+  stage() { reward_model $1 $2 $seed $(no_expert_reward $1 $2); } && each stage | run
   stage() { rival $1 $2 --method true-returns; } && each stage | run
   each imitate | run
   each learn | run

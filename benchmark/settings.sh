@@ -15,12 +15,17 @@ fi
 
 flags() { echo "--env $1 --dataset $2 --data-path runs/$1/$2-data$data_seed/dataset.npz"; } # game, mixture
 
-collect() { echo "python collect_data.py $(flags "$1" "$2") --seed ${data_seed%-smoke} $collect_flags"; }
+collect() { echo "python collect_data.py $(flags "$1" "$2") --seed ${data_seed%-smoke} $collect_flags ${*:3}"; }
 
 # game, mixture, training seed, further flags
 reward_model() { echo "python train_reward.py $(flags "$1" "$2") --seed $3 --resume $reward_flags ${*:4}"; }
 bc() { echo "python train_bc.py $(flags "$1" "$2") --seed $3 --resume $policy_flags ${*:4}"; }
 vdn() { echo "python vdn_rlhf.py $(flags "$1" "$2") --seed $3 --resume $policy_flags ${*:4}"; }
+
+# Data without experts takes more training, and a reward of what the agent itself sees where that tells its reward.
+no_expert_reward() { # game, mixture
+  [ "$2$collect_flags" != no-expert ] || echo "--max-epochs 40 $([ "$1" = reference ] || echo "--input own")"
+}
 
 beta() { [ "$1" != no-expert ] || echo "--beta 0"; } # of a mixture: NO_EXPERT_BETA of report.py, else the scripts' default
 

@@ -114,12 +114,11 @@ def updates(script, output: Path, args: Args, **settings) -> dict:
     settings |= {"data_path": str(output.parent / "dataset.npz"), flag: str(output)}
     with mock.patch.object(script, "train", lambda *words: given.append(words) or train(*words)):
         script.main(script.Args(env="random-data", device=args.device, **settings))
-    _, _, _, parts, update, batches, *_ = given[0]
+    _, _, _, _, update, batches, *_ = given[0]
     batch = itertools.cycle(batches)
 
     def run(update=update):
         update(next(batch))
-        parts["schedule"].step()
 
     if args.device == "cpu":
         return {"": run}

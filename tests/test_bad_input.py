@@ -183,7 +183,7 @@ PARTS = {f"meta/network/{x}/{key}": values for x in ("values", "reference") for 
 # and in single files.
 STATS = {f"stats/{name}": [..., "x", SEVERAL, torch.nan] for name in ("mean", "std")}
 RETURNS = {"stats/team_returns": [..., 3, "x", SEVERAL, lambda x: x * torch.nan, lambda x: x[:, None]]}
-STATES = {f"stats/{name}": [..., 3] for name in ("policy", "optimizer", "schedule")}
+STATES = {f"stats/{name}": [..., 3] for name in ("policy", "optimizer")}
 WRONG = {
     REWARD: EVERY | COMPARED | MODEL | NETWORK | STATS,
     KEEP: RETURNS,

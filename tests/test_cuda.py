@@ -151,9 +151,9 @@ def one_hot(x, num_classes):
 
 
 def watched(update):
-    def watch(batch_or_schedule):
+    def watch(batch):
         with FitForAGraph(), ExplicitDevices():
-            return update(batch_or_schedule)
+            return update(batch)
 
     return watch
 
@@ -161,14 +161,13 @@ def watched(update):
 def learn_with(change, folder, name: str, network: str, monkeypatch) -> None:
     """learn() on the CPU, with change(update, device) for an update."""
     module = STAGES[name][0]
-    train, schedule = module.train, torch.optim.lr_scheduler.CosineAnnealingLR
+    train = module.train
 
     def changed(args, path, sources, parts, update, batches, *rest):
         return train(args, path, sources, parts, change(update, batches.device), batches, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "train", changed)
-        patch.setattr(schedule, "step", watched(schedule.step))
         patch.setattr(torch.nn.functional, "one_hot", one_hot)
         learn(folder, name, network, device="cpu", num_threads=1)
 
@@ -217,7 +216,7 @@ class RecordedOnCPU(TorchDispatchMode):
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 def test_updates_stay_on_the_device_do_not_wait_and_go_on_when_recorded(network, tmp_path, monkeypatch):
-    """A recording knows only memory: of the minibatch, of the learning rate that the schedule changes."""
+    """A recording knows only memory: of the minibatch, of the learning rate that falls."""
     nothing = dict.fromkeys(("synchronize", "set_stream", "Stream"), lambda *_: None)
     for name, fake in {"CUDAGraph": RecordedOnCPU, "graph": lambda graph: graph, **nothing}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
