@@ -8,7 +8,7 @@ Metrics in NAME.json, those of losses/ also in wandb, of trajectories held out b
     losses/nll                mean negative log-likelihood per label, chance is 0.693; losses/training_nll
     losses/smoothness         L_MSE of Eq. (2) over the variance that divides it; losses/loss: all of Eq. (1)
     reward/accuracy           share of labels that the model predicts; labels of 0 do not count
-    reward/correlation        of learned and true step rewards; reward/standardized_mse is 2 - 2 * that
+    reward/correlation        of learned and true step rewards
     reward/bayes_*            of the true returns, which drew the labels: nothing is better in expectation
 
 Deviations from the paper:
@@ -166,7 +166,7 @@ def compare_with_truth(r_phi, true_rewards, test: tuple, meta: dict, args: Args)
     """Diagnostics on the trajectories held out, from learned and true step rewards (N, T, A)."""
     both = torch.stack([x[test[0].unique()].flatten().double() for x in (r_phi, true_rewards)])
     correlation = both.corrcoef()[0, 1].nan_to_num().item()
-    metrics = {"reward/standardized_mse": 2 - 2 * correlation, "reward/correlation": correlation}
+    metrics = {"reward/correlation": correlation}
     if {"steepness", "return_std"} <= meta.keys():  # labels of collect_data.py, which the true returns drew
         scale = meta["steepness"] / torch.tensor(meta["return_std"]).clamp(min=1e-8)
         bayes = measure(lambda trajectories: true_rewards[trajectories] * scale, test, args)

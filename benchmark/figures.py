@@ -1,6 +1,7 @@
 """Draw what the paper's Figures 2 and 4 show, learned beside true rewards along one trajectory, its Figure 3,
-held-out likelihoods of reward models while they learn, and scores over beta on data without experts.
-figure4.sh, table7.sh and no_expert.sh train the models. What is missing stays empty.
+held-out likelihoods of reward models while they learn, and scores over beta on data without experts and over
+the number of labelled pairs. figure4.sh, table7.sh, no_expert.sh and labels.sh train the models. What is
+missing stays empty.
 
 Usage: python benchmark/figures.py --data-seed 2 --seed 4        (from the repository root)
 """
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmark.report import BETAS, ROOT, choose, load_results, player, standard, values
+from benchmark.report import BETAS, LABELS, ROOT, choose, load_results, player, standard, values
 from train_reward import RewardNetwork, load_dataset
 from vdn_rlhf import build_network, load_checkpoint
 
@@ -40,7 +41,7 @@ class Args:
     seed: int = 4
     """training seed"""
     folder: str = "benchmark"
-    """where to write rewards.png and reward-curves.png"""
+    """where to write the figures"""
 
 
 def standardize(rewards: torch.Tensor) -> torch.Tensor:
@@ -99,8 +100,14 @@ def draw_curves(args: Args) -> None:
     figure.savefig(Path(args.folder) / "reward-curves.png", dpi=70)
 
 
+def draw_scores(axis, positions, cells: list[list[dict]]) -> None:
+    """Mean and standard deviation over training seeds."""
+    scores = [values(cell, "charts/score") or [np.nan] for cell in cells]
+    axis.errorbar(positions, [*map(np.mean, scores)], [*map(np.std, scores)], marker="o", label="VDN-RLHF")
+
+
 def draw_betas(args: Args) -> None:
-    """Mean and standard deviation over training seeds; the zero of the logarithmic axis stands apart."""
+    """The zero of the logarithmic axis stands apart."""
     results = load_results(ROOT / "benchmark/results")
     figure, axes = plt.subplots(1, len(GAMES), figsize=(11, 3.2), squeeze=False)
     positions = np.arange(len(BETAS))
@@ -109,9 +116,7 @@ def draw_betas(args: Args) -> None:
             choose(results, "vdn", game, "no-expert", args.data_seed, **standard(game, beta=b)) for b in BETAS
         ]
         reference = [score for cell in cells for score in values(cell, "charts/reference_score")]
-        scores = [values(cell, "charts/score") or [np.nan] for cell in cells]
-        means, deviations = map(np.mean, scores), map(np.std, scores)
-        axis.errorbar(positions, list(means), list(deviations), marker="o", label="VDN-RLHF")
+        draw_scores(axis, positions, cells)
         lines = {
             "expert (not in the data)": float(player(game, "expert")),
             "rookie": float(player(game, "rookie")),
@@ -128,8 +133,28 @@ def draw_betas(args: Args) -> None:
     figure.savefig(Path(args.folder) / "no-expert.png", dpi=70)
 
 
+def draw_labels(args: Args) -> None:
+    results = load_results(ROOT / "benchmark/results")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    for axis, game in zip(axes, ("spread", "reference"), strict=True):
+        runs = {int(n): run for name, run in LABELS.items() if (n := name.replace(",", "")).isdigit()}
+        cells = [
+            choose(results, "vdn", game, mixture, args.data_seed, **standard(game, run_name=name))
+            for mixture, name in runs.values()
+        ]
+        draw_scores(axis, list(runs), cells)
+        reference = np.mean([score for cell in cells for score in values(cell, "charts/reference_score")])
+        axis.axhline(reference, color="black", linewidth=1, label="BC")
+        axis.set(title=game, xscale="log", xlabel="labelled pairs")
+    axes[0].set_ylabel("score")
+    axes[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(Path(args.folder) / "labels.png", dpi=70)
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args)
     draw_betas(args)
+    draw_labels(args)
     draw_rewards(args)
     draw_curves(args)

@@ -296,26 +296,6 @@ def table_7(results: list[dict]) -> str:
     return table(head, rows)
 
 
-def reward_models(results: list[dict]) -> str:
-    """How good the reward models are over which policies learn."""
-    names = (
-        "losses/nll",
-        "reward/accuracy",
-        "reward/bayes_accuracy",
-        "reward/correlation",
-        "reward/standardized_mse",
-    )
-    rows = []
-    for game in GAMES:
-        for data_seed in ("1", "2"):
-            cell = choose(results, "reward", game, "diversified", data_seed, alpha=1.0, variance="return")
-            if cell:
-                rows.append(
-                    [game, data_seed, len(cell), *(mean_and_std(values(cell, name), 3) for name in names)]
-                )
-    return table(["game", "dataset seed", "seeds", *names], rows)
-
-
 def write_sections(path: Path, sections: dict[str, str]) -> None:
     """Replace what stands between `<!-- NAME -->` and `<!-- end -->` in a Markdown file."""
     text = path.read_text()
@@ -337,7 +317,6 @@ def make_sections(results: list[dict]) -> dict[str, str]:
         "table-3": table_3(results),
         "table-6": table_6(results),
         "table-7": table_7(results),
-        "reward-models": reward_models(results),
     }
 
 
