@@ -280,8 +280,8 @@ def is_finished(path: Path, kind: str, args, sources: dict[str, str]) -> bool:
 
 
 def train(args, path: Path, sources: dict, parts: dict, update, batches, evaluate, every: int):
-    """update(batch) for every row of `batches`, the learning rate falling along a cosine, and evaluate(its
-    output) -> metrics after `every` of them. parts: all with a state. -> updates per second, history."""
+    """update(batch) for all rows of `batches`, the rate falling along a cosine, and evaluate(its output) ->
+    metrics after each `every`. parts: optimizer, all else with a state. -> updates per second, history."""
     training_path, done, history, run_id = path.with_suffix(".training.pt"), 0, {}, f"{time.time_ns():x}"
     if training_path.exists():
         if not args.resume:

@@ -190,14 +190,14 @@ def team_rewards(r_phi: torch.Tensor, stats: dict[str, float], kl: torch.Tensor)
 
 def q_lambda_targets(rewards, values, chosen_values, gamma: float, td_lambda: float) -> torch.Tensor:
     """Q(lambda) with off-policy corrections (Harutyunyan et al., 2016): G_t = r_t + gamma * (V_{t+1} + lambda
-    * (G_{t+1} - Q_{t+1}(a_{t+1}))), all (B, T), V of greedy actions, a of the behavior; lambda 0: one-step
-    targets. G, V and Q are 0 after step T, where the game ends: nothing is bootstrapped past it. TD(lambda),
-    with V for the last Q, would charge a_t with what the behavior loses by its later actions."""
+    * (G_{t+1} - Q_{t+1}(a_{t+1}))), all (B, T, ...), V of greedy actions, a of the behavior; lambda 0:
+    one-step targets. G, V and Q are 0 after step T, where the game ends: nothing is bootstrapped past it.
+    TD(lambda), V for the last Q, would charge a_t with what the behavior loses by its later actions."""
     later = gamma * (values[:, 1:] - td_lambda * chosen_values[:, 1:])
     terms = rewards + torch.cat([later, torch.zeros_like(rewards[:, :1])], dim=1)
-    steps = torch.arange(terms.shape[1], device=terms.device)  # G_t = sum of (gamma * lambda)^(s - t) terms_s
-    weights = ((gamma * td_lambda) ** (steps[:, None] - steps).clamp(min=0)).tril().to(terms.dtype)
-    return torch.einsum("st,bs...->bt...", weights, terms)
+    steps = torch.arange(terms.shape[1], device=terms.device, dtype=terms.dtype)
+    weights = ((gamma * td_lambda) ** (steps[:, None] - steps).clamp(min=0)).tril()
+    return torch.einsum("st,bs...->bt...", weights, terms)  # (gamma * lambda)^(s - t) terms_s, s >= t
 
 
 def vdn_loss(q, target_q, actions, rewards, gamma: float, td_lambda: float) -> torch.Tensor:
@@ -352,8 +352,8 @@ def is_finished(path: Path, kind: str, args, sources: dict[str, str]) -> bool:
 
 
 def train(args, path: Path, sources: dict, parts: dict, update, batches, evaluate, every: int):
-    """update(batch) for every row of `batches`, the learning rate falling along a cosine, and evaluate(its
-    output) -> metrics after `every` of them. parts: all with a state. -> updates per second, history."""
+    """update(batch) for all rows of `batches`, the rate falling along a cosine, and evaluate(its output) ->
+    metrics after each `every`. parts: optimizer, all else with a state. -> updates per second, history."""
     training_path, done, history, run_id = path.with_suffix(".training.pt"), 0, {}, f"{time.time_ns():x}"
     if training_path.exists():
         if not args.resume:

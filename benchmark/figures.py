@@ -103,7 +103,8 @@ def draw_curves(args: Args) -> None:
 def draw_scores(axis, positions, cells: list[list[dict]]) -> None:
     """Mean and standard deviation over training seeds."""
     scores = [values(cell, "charts/score") or [np.nan] for cell in cells]
-    axis.errorbar(positions, [*map(np.mean, scores)], [*map(np.std, scores)], marker="o", label="VDN-RLHF")
+    deviations = [np.std(x, ddof=1) if len(x) > 1 else 0.0 for x in scores]
+    axis.errorbar(positions, [*map(np.mean, scores)], deviations, marker="o", label="VDN-RLHF")
 
 
 def draw_betas(args: Args) -> None:

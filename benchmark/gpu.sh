@@ -46,10 +46,11 @@ if command -v nvidia-cuda-mps-control >/dev/null && nvidia-cuda-mps-control -d; 
   trap 'echo quit | timeout 10 nvidia-cuda-mps-control' EXIT
   part 5-together-mps 50 "${together//\$0/mps}" || echo quit | timeout 10 nvidia-cuda-mps-control # else Table 2 has it too
 fi
-while sleep 15; do tar czf "$OUT/new" runs/*/*/*.json runs/logs && mv "$OUT/new" "$OUT/results.tar.gz"; done 2>/dev/null &
-keep=$! # the results, whenever the machine is taken away
+save() { tar czf "$OUT/new" runs/*/*/*.json runs/logs; mv "$OUT/new" "$OUT/results.tar.gz"; }
+while kill -0 $$ && sleep 15; do save; done >/dev/null 2>&1 & # the machine may be taken away
+saving=$!
 rest=$((530 - SECONDS))
 part 6-table2 $((rest > 20 ? rest : 20)) \
   "NUM_PROCESSES=$processes PRESETS=paper SEEDS=4 GAMES='$games' bash benchmark/table2.sh"
-kill $keep && tar czf "$OUT/results.tar.gz" runs/*/*/*.json runs/logs
+kill $saving; wait $saving; save
 cat "$OUT/parts.txt"

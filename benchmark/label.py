@@ -1,7 +1,7 @@
 """Preferences by people: a page on this machine plays two episodes of a dataset side by side and asks which
 is better, for the team or for one agent. Every answer is a line of NAME.labels.jsonl beside the dataset, on
 the disk before the next pair shows: whatever is killed, nothing is lost, and the same command goes on.
-Usage: python benchmark/label.py --env spread --annotator anna, in the end with --export people.npz"""
+Usage: python benchmark/label.py --env spread --annotator anna, in the end with --export PATH"""
 
 import io
 import json

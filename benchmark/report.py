@@ -158,18 +158,18 @@ def table_2(results: list[dict], preset="default") -> str:
     return table(head, rows)
 
 
-RIVALS = {  # row of the rivals' table: which score of which run
-    "BC = pi_ref": ("charts/reference_score", {}),
-    "filtered BC": ("charts/reference_score", {"keep": 0.25}),
-    "filtered BC, by true return": ("charts/score", {"keep": 0.25, "run_name": "true-returns"}),
-    "VDN-RLHF": ("charts/score", {}),
-    "VDN-RLHF on filtered BC": ("charts/score", {"keep": 0.25}),
-    "VDN, zero rewards": ("charts/score", {"run_name": "zero"}),
-    "VDN, shuffled rewards": ("charts/score", {"run_name": "shuffled"}),
-    "VDN, true rewards": ("charts/score", {"run_name": "oracle"}),
-    "VDN, CQL for the KL term": ("charts/score", {"run_name": "cql", "beta": 0.0}),
-    "inverse preference learning": ("charts/score", {"run_name": "ipl"}),
-    "VDN-RLHF, paper's settings": ("charts/score", {"preset": "paper", "run_name": "paper"}),
+RIVALS = {  # row of the rivals' table: kind of run, and what differs from the standard one
+    "BC = pi_ref": ("bc", {}),
+    "filtered BC": ("bc", {"keep": 0.25}),
+    "filtered BC, by true return": ("bc", {"keep": 0.25, "run_name": "true-returns"}),
+    "VDN-RLHF": ("vdn", {}),
+    "VDN-RLHF on filtered BC": ("vdn", {"keep": 0.25}),
+    "VDN, zero rewards": ("vdn", {"run_name": "zero"}),
+    "VDN, shuffled rewards": ("vdn", {"run_name": "shuffled"}),
+    "VDN, true rewards": ("vdn", {"run_name": "oracle"}),
+    "VDN, CQL for the KL term": ("vdn", {"run_name": "cql", "beta": 0.0}),
+    "inverse preference learning": ("vdn", {"run_name": "ipl"}),
+    "VDN-RLHF, paper's settings": ("vdn", {"preset": "paper", "run_name": "paper"}),
 }
 
 
@@ -179,13 +179,14 @@ def rivals(results: list[dict]) -> str:
     for mixture, best in (("diversified", "expert"), ("no-expert", "rookie")):
         for game in GAMES:
             beta, cells = standard(game, mixture=mixture)["beta"], []
-            for name, changes in RIVALS.values():
-                kind = "bc" if changes.get("run_name") == "true-returns" else "vdn"
-                flags = changes if kind == "bc" else standard(game, **{"beta": beta, **changes})
+            for kind, changes in RIVALS.values():
+                flags = standard(game, **{"beta": beta, **changes})
                 if "preset" in changes:
                     flags["beta"] = STANDARD_BETA.get(game, 1.0)
+                if kind == "bc":  # has neither beta nor alpha
+                    del flags["beta"], flags["alpha"]
                 cell = choose(results, kind, game, mixture, **flags)
-                cells.append(mean_and_std(values(cell, name)))
+                cells.append(mean_and_std(values(cell, "charts/score")))
             plain = choose(results, "vdn", game, mixture, **standard(game, beta=beta))
             seeds = " ".join(str(result["args"]["seed"]) for result in plain) or "none"
             head.append(f"{game}, {mixture}")

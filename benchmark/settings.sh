@@ -24,7 +24,9 @@ vdn() { echo "python vdn_rlhf.py $(flags "$1" "$2") --seed $3 --resume $policy_f
 
 # Data without experts takes more training, and a reward of what the agent itself sees where that tells its reward.
 no_expert_reward() { # game, mixture
-  [ "$2$collect_flags" != no-expert ] || echo "--max-epochs 40 $([ "$1" = reference ] || echo "--input own")"
+  [ "$2" = no-expert ] || return 0
+  [ "$1" = reference ] || echo "--input own"
+  [ -n "$reward_flags" ] || echo "--max-epochs 40"
 }
 
 beta() { [ "$1" != no-expert ] || echo "--beta 0"; } # of a mixture: NO_EXPERT_BETA of report.py, else the scripts' default

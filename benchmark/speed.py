@@ -1,8 +1,8 @@
 """How fast every stage is: environment steps, collection, and gradient steps of reward model, BC and VDN with
 default settings, a GRU beside the MLP; on CUDA as they are and captured as one graph. The updates are those
-that main() of each trainer builds, on random data of the size of spread (speed does not depend on the
-numbers). On a CPU, where JAX is installed (python -m pip install jax), a jit-compiled JAX learner of the same
-work as VDN's takes turns with it. Writes benchmark/results/speed-<device>.md; leave the machine alone.
+that main() of each trainer builds (the rate does not fall), on random data of the size of spread. On a CPU,
+where JAX is installed (python -m pip install jax), a jit-compiled JAX learner of the same work as VDN's takes
+turns with it. Writes benchmark/results/speed-<device>.md; leave the machine alone.
 
 Usage: python benchmark/speed.py --device cpu
 """
