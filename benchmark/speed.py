@@ -1,15 +1,13 @@
 """How fast every stage is: environment steps, collection, and gradient steps of reward model, BC and VDN with
 default settings, a GRU beside the MLP; on CUDA as they are and captured as one graph. The updates are those
-that main() of each trainer builds (the rate does not fall), on random data of the size of spread. On a CPU,
-where JAX is installed (python -m pip install jax), a jit-compiled JAX learner of the same work as VDN's takes
-turns with it. Writes benchmark/results/speed-<device>.md; leave the machine alone.
+that main() of each trainer builds (the rate does not fall), on random data of the size of spread. Writes
+benchmark/results/speed-<device>.md; leave the machine alone.
 
 Usage: python benchmark/speed.py --device cpu
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -126,69 +124,6 @@ def updates(script, output: Path, args: Args, **settings) -> dict:
     return {", as it is": run, ", captured": lambda: run(captured)}
 
 
-def jax_update(batch_size: int, width: int):
-    """The work of vdn_rlhf.py --network gru --hidden-dim `width` on spread, jit-compiled: two GRUs, double Q,
-    Q(lambda), clipped gradients, Adam, a target network that follows slowly."""
-    import jax
-    import jax.numpy as jnp
-
-    N, T, A, D, K = NUM_BLOCKS * BLOCK_SIZE, 25, 3, 18, 5
-    rng = np.random.default_rng(1)
-    draw = lambda *shape: jnp.asarray(rng.uniform(-1, 1, shape) / 8, jnp.float32)  # noqa: E731
-    shapes = dict(
-        embedding=(D + A, width), input=(width, 3 * width), hidden=(width, 3 * width), head=(width, K)
-    )
-    online = {name: (draw(*shape), draw(shape[1])) for name, shape in shapes.items()}
-    observations, known, rewards = draw(N, T, A, D), draw(N, T, A, K), draw(N, T)
-    actions = jnp.asarray(rng.integers(K, size=(N, T, A)))
-
-    linear = lambda x, layer: x @ layer[0] + layer[1]  # noqa: E731
-
-    def q_values(network, x):  # (B, T, A, D) -> (B, T, A, K)
-        x = jnp.concatenate([x, jnp.broadcast_to(jnp.eye(A), (*x.shape[:3], A))], axis=-1)
-        x = jax.nn.relu(linear(x.swapaxes(0, 1).reshape(T, -1, D + A), network["embedding"]))
-
-        def cell(h, from_input):
-            from_hidden = linear(h, network["hidden"])
-            gates = jax.nn.sigmoid(from_input[:, : 2 * width] + from_hidden[:, : 2 * width])
-            r, z = gates[:, :width], gates[:, width:]
-            h = (1 - z) * jnp.tanh(from_input[:, 2 * width :] + r * from_hidden[:, 2 * width :]) + z * h
-            return h, h
-
-        h = jax.lax.scan(cell, jnp.zeros((x.shape[1], width)), linear(x, network["input"]))[1]
-        return linear(h, network["head"]).reshape(T, -1, A, K).swapaxes(0, 1)
-
-    def loss(online, target, batch):
-        q, target_q = (q_values(network, observations[batch]) + known[batch] for network in (online, target))
-        pick = lambda q, a: jnp.take_along_axis(q, a[..., None], -1).sum((-2, -1)).T  # noqa: E731
-        values, chosen, r = pick(target_q, q.argmax(-1)), pick(target_q, actions[batch]), rewards[batch].T
-
-        def backward(target, step):  # from the last step to the first: r + 0.9 (V' + 0.8 (G' - Q'))
-            target = step[0] + 0.9 * target
-            return step[1] + 0.8 * (target - step[2]), target
-
-        targets = jax.lax.scan(backward, jnp.zeros(len(batch)), (r, values, chosen), reverse=True)[1]
-        return jnp.square(pick(q, actions[batch]) - jax.lax.stop_gradient(targets)).mean()
-
-    @jax.jit
-    def update(online, target, m, v, count, batch):
-        each, gradient = jax.tree.map, jax.grad(loss)(online, target, batch)
-        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient)))
-        gradient, count = each(lambda g: g * jnp.minimum(1, 10 / (norm + 1e-6)), gradient), count + 1
-        m = each(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
-        v = each(lambda v, g: 0.999 * v + 0.001 * g * g, v, gradient)
-        rate, correction = 1e-4 / (1 - 0.9**count), 1 - 0.999**count
-        online = each(lambda p, m, v: p - rate * m / (jnp.sqrt(v / correction) + 1e-8), online, m, v)
-        return online, each(lambda t, p: t + 0.01 * (p - t), target, online), m, v, count
-
-    state = [online, online, *[jax.tree.map(jnp.zeros_like, online)] * 2, jnp.float32(0)]
-
-    def run():
-        state[:] = jax.block_until_ready(update(*state, rng.integers(N, size=batch_size)))
-
-    return run
-
-
 def describe_machine(device: str) -> str:
     versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
     if device == "cuda":
@@ -222,15 +157,13 @@ def measure(folder: Path, args: Args):
     for what, (script, name, flags) in trainers.items():
         if wanted(what) or script is not vdn_rlhf:  # VDN reads the others
             runs = updates(script, folder / name, args, **flags)
-            if flags is small and args.device == "cpu" and importlib.util.find_spec("jax"):
-                runs[", in JAX"] = jax_update(32, 64)
             results = rates(list(runs.values()), args) if wanted(what) else []
             yield from ((what + how, rate, "updates/s") for how, rate in zip(runs, results, strict=False))
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
-    if args.device == "cpu" and hasattr(os, "sched_setaffinity"):  # one core for JAX too
+    if args.device == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     command = f"python benchmark/speed.py --device {args.device} --seconds {args.seconds:g}"
     lines = [

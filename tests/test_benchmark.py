@@ -56,13 +56,14 @@ def test_printed_commands_have_flags_that_their_scripts_know(name):
     assert printed.returncode == 0, printed.stderr
     lines = [line.split() for line in printed.stdout.splitlines() if not line.startswith("mkdir")]
     assert lines
-    modules = {f"{module.__name__}.py": module for module in STAGES.values()}
-    modules["benchmark/rivals.py"] = rivals
+    modules = {f"{x.__name__}.py": x for x in STAGES.values()} | {"benchmark/rivals.py": rivals}
     for python, script, *words in lines:
         assert python == "python" and (ROOT / script).exists()
         if script in modules:
             known = {f"--{name.replace('_', '-')}" for name in vars(modules[script].Args())}
             assert {word for word in words if word.startswith("--")} <= known
+        for error in re.findall(r"diversified-([a-z-]+)-data", " ".join(words)):
+            assert script != "collect_data.py" or f"--{error}" in words
         if name == "rivals" and "no-expert" in words and "vdn_rlhf.py" in script:
             assert words[words.index("--beta") + 1] == f"{report.NO_EXPERT_BETA:g}"
 

@@ -33,8 +33,7 @@ def imports(path: Path, top_level_only=False) -> set[str]:
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module.split(".")[0])
-    optional = {"jax"} if path.name == "speed.py" else set()  # measured where it is installed, never required
-    return found - sys.stdlib_module_names - {file.stem for file in FILES} - {"benchmark"} - optional
+    return found - sys.stdlib_module_names - {file.stem for file in FILES} - {"benchmark"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
