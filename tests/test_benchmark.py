@@ -112,14 +112,6 @@ def test_a_cell_is_made_of_its_own_runs_alone():
     assert "missing" in report.table_2(results).splitlines()[3]
 
 
-@pytest.mark.parametrize(
-    ("cells", "bold"),
-    [(["1.0", "2.0 ± 0.5"], [1]), (["-3.0", "missing"], [0]), (["5.0", "5.0"], [0, 1]), (["missing"], [])],
-)
-def test_the_best_of_a_row_is_bold(cells, bold):
-    assert [i for i, cell in enumerate(report.bold_best(cells)) if cell.startswith("**")] == bold
-
-
 @pytest.mark.parametrize("readme", ["README.md", "benchmark/README.md"])
 def test_tables_are_those_of_the_committed_results(readme):
     text = (ROOT / readme).read_text()

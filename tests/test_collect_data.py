@@ -250,13 +250,10 @@ MISTAKES = [
     ({"env": "spread-2x2"}, f"2x2/expert.pt: no such file; `{TRAIN}`"),
     ({"num_trajectories": 100}, "--num-trajectories 100: must be a multiple of 64"),
     ({"num_trajectories": 0}, "--num-trajectories 0: must be from 1"),
-    ({"pairs_per_trajectory": 0}, "--pairs-per-trajectory 0: must be from 1"),
     ({"epsilon": 1.5}, "--epsilon 1.5: must be from 0 to 1"),
     ({"mistakes": 1.1}, "--mistakes 1.1: must be from 0 to 1"),
     ({"myopia": -0.1}, "--myopia -0.1: must be from 0 to 1"),
     ({"steepness": float("nan")}, "--steepness nan: must be from 0"),
-    ({"seed": -1}, "--seed -1: must be from 0"),
-    ({"device": "tpu"}, "--device tpu: cannot be used"),
     ({"data_path": "file/dataset.npz"}, r"file/dataset.\w+: cannot be written"),
     ({"data_path": "folder.npz"}, "folder.npz: no dataset of this script"),
 ]

@@ -2,9 +2,11 @@
 
 import http.client
 import json
+import resource
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,37 @@ def test_answers_by_keys_and_mouse_survive_a_kill(serve, browser, spread_data, t
     assert meta["labels"]["agreement"] == 0 and "steepness" not in meta
 
 
+def send(host, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection(host, timeout=20)
+    connection.request(method, path, body, headers)
+    return connection.getresponse().status
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the files of another process")
+def test_an_answer_is_taken_when_it_is_on_the_disk(serve, spread_data, tmp_path, monkeypatch):
+    """First fsync fails, then the disk is full after half of the second answer."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.fsync = lambda _: os.stat('synced')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    data, path = train_reward.load_dataset(spread_data, "spread", ("actions", "block"))[0], tmp_path / "a"
+    one, two, *_ = label.choose_pairs(label.Args(), data, ())
+    server, url = serve(f"--data-path={spread_data}", f"--labels-path={path}")
+
+    def answer(pair):
+        body, (host, root) = json.dumps({"pair": pair, "answer": 1, "milliseconds": 5}), url.split("/")[2:4]
+        return send(host, "POST", f"/{root}/answer", body)
+
+    assert answer(one) == 500
+    Path("synced").touch()
+    assert answer(one) == 200
+    full, endless = path.stat().st_size + 50, resource.RLIM_INFINITY
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (full, endless))
+    assert answer(two) == 500 and path.stat().st_size == full
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (endless, endless))
+    assert answer(two) == 200
+    assert [tuple(json.loads(x)["pair"]) for x in path.read_text().splitlines()] == [one, one, two]
+
+
 def test_pictures_of_an_unknown_game_and_who_may_ask(serve, made_up_data, browser, tmp_path):
     Image, path = pytest.importorskip("PIL.Image"), tmp_path / "labels.jsonl"
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
@@ -145,13 +178,7 @@ def test_pictures_of_an_unknown_game_and_who_may_ask(serve, made_up_data, browse
     assert browser.execute_script(f"return Promise.all({loaded})") == [8, 8]
 
     _, _, host, token, _ = url.split("/")
-    body = json.dumps({"pair": pair, "answer": 1, "milliseconds": 5})
-
-    def ask(method, path, body=None, **headers):
-        connection = http.client.HTTPConnection(host, timeout=20)
-        connection.request(method, path, body, headers)
-        return connection.getresponse().status
-
+    body, ask = json.dumps({"pair": pair, "answer": 1, "milliseconds": 5}), partial(send, host)
     for headers in ({"Origin": "http://example.org"}, {"Origin": "null"}, {"Host": "example.org"}):
         assert ask("POST", f"/{token}/answer", body, **headers) == ask("GET", f"/{token}/", **headers) == 403
     for place in ("/", "/answer", "answer", "/other/answer", f"/{token}/../label.py", f"/{token}//answer"):

@@ -54,10 +54,6 @@ def test_requirements_pin_what_is_imported_and_nothing_else():
     assert sorted(pinned) == sorted(imported | NOT_IMPORTED)
 
 
-def test_licence():
-    assert (ROOT / "LICENSE").read_text().startswith("MIT License\n\nCopyright (c) ")
-
-
 def run_alone(folder: Path, script: str, flags: str) -> subprocess.CompletedProcess:
     """A copy of a script in an otherwise empty folder, with the progress bars switched off."""
     shutil.copy(ROOT / f"{script}.py", folder)
