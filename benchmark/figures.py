@@ -1,12 +1,11 @@
 """Draw what the paper's Figures 2 and 4 show, learned beside true rewards along one trajectory, its Figure 3,
-held-out likelihoods of reward models while they learn, and scores over beta on data without experts and over
-the number of labelled pairs. figure4.sh, table7.sh, no_expert.sh and labels.sh train the models. What is
-missing stays empty.
+held-out likelihoods of reward models while they learn, with the scores of policies while they learn, and
+scores over beta on data without experts and over the number of labelled pairs. table2.sh, table7.sh,
+figure4.sh, no_expert.sh and labels.sh train the models. What is missing stays empty.
 
 Usage: python benchmark/figures.py --data-seed 2 --seed 4        (from the repository root)
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmark.report import BETAS, LABELS, ROOT, choose, load_results, player, standard, values
+from benchmark.report import BETAS, LABELS, MIXTURES, ROOT, choose, load_results, player, standard, values
 from train_reward import RewardNetwork, load_dataset
 from vdn_rlhf import build_network, load_checkpoint
 
@@ -82,22 +81,31 @@ def draw_rewards(args: Args) -> None:
 
 
 def draw_curves(args: Args) -> None:
-    figure, axes = plt.subplots(1, len(GAMES), figsize=(11, 3.2), squeeze=False)
-    for axis, game in zip(axes[0], GAMES, strict=True):
+    """Of reward models, epoch by epoch, and of policies: mean over training seeds."""
+    results = load_results(ROOT / "benchmark/results")
+    figure, axes = plt.subplots(2, len(GAMES), figsize=(11, 6), squeeze=False)
+
+    def draw(axis, cell: list[dict], name: str, label: str) -> None:
+        curves = [run["metrics"]["history"] for run in cell if name in run["metrics"]["history"]]
+        if curves:
+            axis.plot(curves[0]["update"], np.mean([curve[name] for curve in curves], axis=0), label=label)
+
+    for top, bottom, game in zip(*axes, GAMES, strict=True):
         for alpha in ALPHAS:
-            name = f"reward-alpha{alpha:g}-seed{args.seed}.json"
-            path = Path("benchmark/results") / game / f"diversified-data{args.data_seed}" / name
-            if path.exists():
-                history = json.loads(path.read_text())["metrics"]["history"]
-                axis.plot(
-                    range(1, len(history["losses/nll"]) + 1), history["losses/nll"], label=f"alpha {alpha:g}"
-                )
-        axis.set_title(game, fontsize=9)
-        axis.set_xlabel("epoch")
-    axes[0, 0].set_ylabel("held-out NLL per label")
-    axes[0, 0].legend(fontsize=6)
+            flags = dict(alpha=alpha, preset="default", variance="return")
+            cell = choose(results, "reward", game, "diversified", args.data_seed, **flags)
+            draw(top, cell, "losses/nll", f"alpha {alpha:g}")
+        for mixture in MIXTURES:
+            cell = choose(results, "vdn", game, mixture, args.data_seed, **standard(game))
+            draw(bottom, cell, "charts/score", mixture)
+        top.set(title=game)
+        bottom.set(xlabel="update")
+    axes[0, 0].set_ylabel("reward model: held-out NLL per label")
+    axes[1, 0].set_ylabel("VDN-RLHF: score")
+    for axis in axes[:, 0]:
+        axis.legend(fontsize=6)
     figure.tight_layout()
-    figure.savefig(Path(args.folder) / "reward-curves.png", dpi=70)
+    figure.savefig(Path(args.folder) / "curves.png", dpi=70)
 
 
 def draw_scores(axis, positions, cells: list[list[dict]]) -> None:

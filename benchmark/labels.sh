@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # How many labels: reward models and policies from few of the 384,000 pairs of diversified data; and labels of annotators that
 # err. The trajectories stay the same, and so does pi_ref.
-SEEDS=${SEEDS:-4 5}
 source "$(dirname "$0")/settings.sh"
 games=${GAMES:-spread reference}
 [ "${SCALE:-paper}" = paper ] || games=spread
