@@ -718,18 +718,11 @@ def check_same(path: Path, stored: dict, wanted: dict, sources: dict[str, str]) 
 def main(args: Args) -> dict[str, dict]:
     device = set_up(args)
     game, policies = load_policies(args.policies, device, args.env)
-    json_path = Path(args.json_path)
-    if args.json_path and json_path.is_dir():
-        raise UserError(f"--json-path {json_path}: is a folder")
-    special = json_path.exists() and not json_path.is_file()  # /dev/null, a pipe: written through
-    if args.json_path and not special:
-        probe = json_path.with_name(f".{json_path.name}.try")  # what cannot be written is told now
-        save_file(probe, b"")
-        probe.unlink()
     report = compare(game, policies, device, args.seed, args.num_episodes, args.sample, args.backend)
     if args.json_path:
-        content = json.dumps(report, indent=1).encode()
-        json_path.write_bytes(content) if special else save_file(json_path, content)
+        path, content = Path(args.json_path), json.dumps(report, indent=1).encode()
+        special = path.exists() and not path.is_file()  # /dev/null, a pipe: written through
+        path.write_bytes(content) if special else save_file(path, content)
     return report
 
 

@@ -293,12 +293,10 @@ def load_dataset(path: Path, env: str, names: tuple, optional: tuple = ()) -> tu
             raise UserError(f"{path}: '{key}' {problem}")
 
     try:
-        with zipfile.ZipFile(path) as file:
-            info = {member.filename.removesuffix(".npy"): member for member in file.infolist()}
-            unpacked = sum(member.file_size for member in info.values())
-            if unpacked > max(2**30, 50 * os.path.getsize(path)) or file.testzip():
-                raise ValueError("packed too tightly, or damaged")
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:  # checks the CRC of what it reads
+            info = {member.filename.removesuffix(".npy"): member for member in file.zip.infolist()}
+            if sum(x.file_size for x in info.values()) > max(2**30, 50 * os.path.getsize(path)):
+                raise ValueError("packed too tightly")
             arrays = {key: file[key] for key in ("meta", *names, *optional) if key in file.files}
         meta = dict(json.loads(str(arrays.pop("meta"))))
     except Exception as error:  # truncated, foreign or malicious: numpy and zipfile raise many kinds
@@ -310,7 +308,8 @@ def load_dataset(path: Path, env: str, names: tuple, optional: tuple = ()) -> tu
     check(type(num_actions) is int and 0 < num_actions <= 256, "meta", "has no num_actions from 1 to 256")
     for key in names:
         check(key in arrays and arrays[key].ndim, key, "is missing")
-    (N, T, A), M = (*arrays["actions"].shape, 0, 0)[:3], len(arrays.get("pairs", ()))
+    check(arrays["actions"].ndim == 3, "actions", "is not of the shape (N, T, A)")
+    (N, T, A), M = arrays["actions"].shape, len(arrays.get("pairs", ()))
     layout = {  # kinds of numbers, type here, allowed shapes (-1: any), smallest and largest value
         "observations": ("f", np.float32, [(N, T + 1, A, -1)], -3e38, 3e38),
         "actions": ("iu", np.uint8, [(N, T, A)], 0, num_actions - 1),

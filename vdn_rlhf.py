@@ -1,6 +1,6 @@
 """Train a team policy offline from preferences: VDN (Sunehag et al., 2017) on the learned reward, Eq. (4),
 plus the KL term to the reference policy, Eq. (3). Reads observations and actions of a dataset.npz, a
-reward-*.pt and a bc-*.pt (pi_ref), never labels or true rewards; only tests play the game. Writes vdn-*.pt,
+reward-*.pt and a bc-*.pt (pi_ref), never labels or true rewards; only test returns play it. Writes vdn-*.pt,
 the last policy. The sibling scripts make what the default paths lack.
 Usage: python vdn_rlhf.py --env spread --beta 1
 
@@ -14,7 +14,9 @@ Metrics in NAME.json, their curves also in wandb (--track); returns need evaluat
 Deviations from the paper:
 1. The Q-network is an MLP that sees the time step, not a GRU (--network gru).
 2. The KL term is a known part of the Q-values, the network learns the rest (VDNPolicy; --no-known-kl).
-3. Q(lambda) with off-policy corrections, not one-step targets (--td-lambda 0); always double Q."""
+3. Q(lambda) with off-policy corrections, not one-step targets (--td-lambda 0); always double Q.
+4. What the paper leaves open: gamma 0.9, though the game of section 3 does not discount; clipped gradients, a
+   target network that follows slowly, a learning rate that falls along a cosine, also with --preset paper."""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ class Args:
     alpha: float = 1.0
     """smoothness weight of the reward model to use, Eq. (1)"""
     keep: float = 1.0
-    """pi_ref imitates this share of the trajectories, by learned team return; one --alpha in a folder"""
+    """pi_ref imitates this share of the trajectories, by learned team return; its file name has no alpha"""
     seed: int = 1
     """fixes everything; also picks the reward model and BC policy of that seed"""
     preset: Literal["default", "paper"] = "default"
@@ -104,7 +106,7 @@ class Args:
     """trajectories per gradient step"""
 
 
-# Table 5 but for the updates in tag (there 1e6, in the published code 5e4). A DQN has one-step targets.
+# Table 5; beta in tag is from section 5.3, the updates there from the published code (Table 5: 1e6).
 PAPER = dict(run_name="paper", network="gru", hidden_dim=64, known_kl=False, td_lambda=0.0, batch_size=64)
 PAPER |= dict(learning_rate=1e-3, num_updates=10_000)
 PAPER_TAG = dict(beta=3.0, num_updates=50_000)
@@ -192,7 +194,7 @@ def q_lambda_targets(rewards, values, chosen_values, gamma: float, td_lambda: fl
     """Q(lambda) with off-policy corrections (Harutyunyan et al., 2016): G_t = r_t + gamma * (V_{t+1} + lambda
     * (G_{t+1} - Q_{t+1}(a_{t+1}))), all (B, T, ...), V of greedy actions, a of the behavior; lambda 0:
     one-step targets. G, V and Q are 0 after step T, where the game ends: nothing is bootstrapped past it.
-    TD(lambda), V for the last Q, would charge a_t with what the behavior loses by its later actions."""
+    With V in place of Q it is TD(lambda), which charges a_t with the behavior's later mistakes."""
     later = gamma * (values[:, 1:] - td_lambda * chosen_values[:, 1:])
     terms = rewards + torch.cat([later, torch.zeros_like(rewards[:, :1])], dim=1)
     steps = torch.arange(terms.shape[1], device=terms.device, dtype=terms.dtype)
@@ -216,10 +218,10 @@ def main(args: Args) -> None:
     started, device = time.time(), set_up(args)
     mark, keep = "paper-" if args.preset == "paper" else "", f"keep{args.keep:g}-" if args.keep < 1 else ""
     data_path = Path(args.data_path or f"runs/{args.env}/{args.dataset}/dataset.npz")
-    models = f"alpha{args.alpha:g}-seed{args.seed}.pt"
-    name = f"vdn-{args.run_name}{args.run_name and '-'}{keep}beta{args.beta:g}-{models}"
+    ending = f"alpha{args.alpha:g}-seed{args.seed}.pt"
+    name = f"vdn-{args.run_name}{args.run_name and '-'}{keep}beta{args.beta:g}-{ending}"
     path = Path(args.vdn_path or data_path.parent / name)
-    reward_path = Path(args.reward_path or data_path.parent / f"reward-{mark}{models}")
+    reward_path = Path(args.reward_path or data_path.parent / f"reward-{mark}{ending}")
     bc_path = Path(args.bc_path or data_path.parent / f"bc-{mark}{keep}seed{args.seed}.pt")
     make_missing(args, [(data_path, args.data_path, "collect_data.py", ())])
     flags = ("data_path", "seed", "preset", "track", "resume")
@@ -234,14 +236,14 @@ def main(args: Args) -> None:
     observations, actions = data["observations"].to(device), data["actions"].long().to(device)
     T, sizes = actions.shape[1], (observations.shape[-1], actions.shape[2], meta["num_actions"])
 
-    def load(path: Path, named: str, kind: str, network_class: type, sizes: tuple, flag: str):
+    def load(path: Path, given: str, kind: str, network_class: type, sizes: tuple, flag: str):
         """Another stage's model. At its default path it must fit these flags and the files read so far."""
         checkpoint = load_checkpoint(path, kind)
         made_from = {name: checksums[name] for name in checkpoint["meta"]["sources"] if name in checksums}
         wanted = {name: getattr(args, name) for name in ("env", "seed", "preset", flag)}
-        if not named:
+        if not given:
             check_same(path, checkpoint, wanted, made_from)
-        checksums[kind] = checkpoint["meta"].get("checksum")
+        checksums[kind] = checkpoint["meta"].get("checksum")  # filtered BC is made from a reward model
         return checkpoint, build_network(network_class, path, checkpoint, device, sizes)
 
     reward, reward_model = load(reward_path, args.reward_path, "reward", RewardNetwork, sizes, "alpha")
@@ -321,11 +323,11 @@ def main(args: Args) -> None:
 def make_missing(args: Args, jobs: list[tuple[Path, str, str, tuple]]) -> None:
     """Sibling scripts make what is missing, side by side. jobs: path, given path or "", script, its flags."""
     processes = []
-    for path, named, script, flags in jobs:
+    for path, given, script, flags in jobs:
         sibling = Path(__file__).with_name(script)
         if path.exists():
             continue
-        if named or not sibling.exists():
+        if given or not sibling.exists():
             raise UserError(f"{path}: no such file; {script} makes it")
         words = [os.path.relpath(sibling)]
         for name in ("env", "dataset", *flags, "device", "num_threads", "deterministic"):
@@ -435,12 +437,10 @@ def load_dataset(path: Path, env: str, names: tuple, optional: tuple = ()) -> tu
             raise UserError(f"{path}: '{key}' {problem}")
 
     try:
-        with zipfile.ZipFile(path) as file:
-            info = {member.filename.removesuffix(".npy"): member for member in file.infolist()}
-            unpacked = sum(member.file_size for member in info.values())
-            if unpacked > max(2**30, 50 * os.path.getsize(path)) or file.testzip():
-                raise ValueError("packed too tightly, or damaged")
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:  # checks the CRC of what it reads
+            info = {member.filename.removesuffix(".npy"): member for member in file.zip.infolist()}
+            if sum(x.file_size for x in info.values()) > max(2**30, 50 * os.path.getsize(path)):
+                raise ValueError("packed too tightly")
             arrays = {key: file[key] for key in ("meta", *names, *optional) if key in file.files}
         meta = dict(json.loads(str(arrays.pop("meta"))))
     except Exception as error:  # truncated, foreign or malicious: numpy and zipfile raise many kinds
@@ -452,7 +452,8 @@ def load_dataset(path: Path, env: str, names: tuple, optional: tuple = ()) -> tu
     check(type(num_actions) is int and 0 < num_actions <= 256, "meta", "has no num_actions from 1 to 256")
     for key in names:
         check(key in arrays and arrays[key].ndim, key, "is missing")
-    (N, T, A), M = (*arrays["actions"].shape, 0, 0)[:3], len(arrays.get("pairs", ()))
+    check(arrays["actions"].ndim == 3, "actions", "is not of the shape (N, T, A)")
+    (N, T, A), M = arrays["actions"].shape, len(arrays.get("pairs", ()))
     layout = {  # kinds of numbers, type here, allowed shapes (-1: any), smallest and largest value
         "observations": ("f", np.float32, [(N, T + 1, A, -1)], -3e38, 3e38),
         "actions": ("iu", np.uint8, [(N, T, A)], 0, num_actions - 1),
