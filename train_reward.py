@@ -7,7 +7,7 @@ Usage: python train_reward.py --env spread --dataset diversified --alpha 1
 Metrics in NAME.json, those of losses/ also in wandb, of trajectories held out but losses/training_nll:
     losses/nll                mean negative log-likelihood per label, chance is 0.693; losses/training_nll
     losses/smoothness         L_MSE of Eq. (2) over the variance that divides it; losses/loss: all of Eq. (1)
-    reward/accuracy           share of labels that the model predicts; labels of 0 do not count
+    reward/accuracy           share of labels that the model predicts, but for the reward/ties labels of 0
     reward/correlation        of learned and true step rewards
     reward/bayes_*            of the true returns, which drew the labels: nothing is better in expectation
 
@@ -17,8 +17,7 @@ Deviations from the paper:
    r_phi in the minibatch), 1), which follows Table 7.
 2. --input joint is what the paper writes, r_phi(s, a_i), s being all agents' observations; B.1 speaks of an
    observation embedding, so --preset paper takes the agent's own.
-3. A learning rate that falls along a cosine, smaller minibatches, far fewer epochs than the paper's 100.
-   Eq. (1)'s variance is of a minibatch; Eq. (4)'s mean and deviation are of the 90 % trained on."""
+3. A learning rate that falls along a cosine, smaller minibatches, far fewer epochs than the paper's 100."""
 
 from __future__ import annotations
 
@@ -155,19 +154,19 @@ def reward_loss(rewards, pairs, labels, alpha: float, variance="return"):
 @torch.no_grad()
 def measure(rewards_of, blocks: tuple, args: Args) -> dict[str, float]:
     """Means of what reward_loss returns over blocks. rewards_of(trajectories (B,)) -> (B, T, A)."""
-    totals = 0.0
+    rows, settings = [], (args.alpha, args.variance)
     for trajectories, pairs, labels in zip(*blocks, strict=True):
-        rewards = rewards_of(trajectories)
-        totals += torch.stack(reward_loss(rewards, pairs, labels, args.alpha, args.variance))
+        rows.append(torch.stack(reward_loss(rewards_of(trajectories), pairs, labels, *settings)))
+    means, told = torch.stack(rows), blocks[2].abs().mean(dim=(1, 2))  # (M, 4), labels that are not 0 (M,)
+    means[:, 3] *= told / told.mean().clamp(min=1e-8)
     names = ("losses/loss", "losses/nll", "losses/smoothness", "reward/accuracy")
-    return dict(zip(names, (totals / len(blocks[0])).tolist(), strict=True))
+    return dict(zip(names, means.mean(dim=0).tolist(), strict=True))
 
 
 def compare_with_truth(r_phi, true_rewards, test: tuple, meta: dict, args: Args) -> dict[str, float]:
     """Diagnostics on the trajectories held out, from learned and true step rewards (N, T, A)."""
     both = torch.stack([x[test[0].unique()].flatten().double() for x in (r_phi, true_rewards)])
-    correlation = both.corrcoef()[0, 1].nan_to_num().item()
-    metrics = {"reward/correlation": correlation}
+    metrics = {"reward/correlation": both.corrcoef()[0, 1].nan_to_num().item()}
     if {"steepness", "return_std"} <= meta.keys():  # labels of collect_data.py, which the true returns drew
         scale = meta["steepness"] / torch.tensor(meta["return_std"]).clamp(min=1e-8)
         bayes = measure(lambda trajectories: true_rewards[trajectories] * scale, test, args)
@@ -206,7 +205,7 @@ def split_into_blocks(data: dict, data_path: Path) -> list[tuple]:
             positions = torch.arange(2 * chosen.shape[1]).view(-1, 2).expand(count, -1, 2)
             part = pairs[chosen].flatten(1), positions, labels[chosen]
         if not part[2].numel():
-            raise UserError(f"{data_path}: 'pairs' leaves none for the {name} part; add trajectories")
+            raise UserError(f"{data_path}: 'pairs' leaves none for the {name} part; add pairs")
         parts.append(part)
     return parts
 
@@ -254,6 +253,7 @@ def main(args: Args) -> None:
     speed, history = train(args, path, sources, parts, update, batches, evaluate, every)
     metrics = {name: curve[-1] for name, curve in history.items()} | {"speed/updates_per_second": speed}
     metrics["losses/training_nll"] = measure(rewards_of, training, args)["losses/nll"]
+    metrics["reward/ties"] = int((test[2] == 0).sum())
     with torch.no_grad():
         r_phi = torch.cat([rewards_of(chunk).cpu() for chunk in torch.arange(len(actions)).split(1024)])
     if "true_rewards" in data:

@@ -1,6 +1,6 @@
-"""Preferences by people: a page on this machine plays two episodes of a dataset side by side and asks which
-is better, for the team or for one agent. Every answer is a line of NAME.labels.jsonl beside the dataset, on
-the disk before the next pair shows: whatever is killed, nothing is lost, and the same command goes on.
+"""Preferences by people: a page on this machine plays two episodes of a dataset side by side, asks which is
+better, for the team or for one agent. Every answer is a line of NAME.labels.jsonl beside the dataset, on the
+disk before the next pair shows: whatever is killed, nothing is lost, and the same command goes on.
 Usage: python benchmark/label.py --env spread --annotator anna, in the end with --export PATH"""
 
 import io
@@ -42,7 +42,7 @@ class Args:
     agent: int | None = None
     """judge this agent alone (0, 1, ...) instead of the team"""
     select: Literal["random", "uncertain"] = "random"
-    """uncertain: those of 10,000 random pairs whose returns under the reward model are nearest"""
+    """uncertain: those of up to 10,000 random pairs whose returns under the reward model are nearest"""
     reward_path: str = ""
     """reward model of --select uncertain"""
     frames: str = ""
@@ -56,14 +56,18 @@ class Args:
 def choose_pairs(args: Args, data: dict, sizes: tuple) -> list[tuple[int, int]]:
     """Pairs of trajectories of one block (with --frames: that have pictures), in the order of asking."""
     N, block = len(data["actions"]), data.get("block", torch.zeros(len(data["actions"]))).numpy()
-    shown = {path.stem for path in Path(args.frames).iterdir()} if args.frames else {str(n) for n in range(N)}
-    drawn = np.random.default_rng(1).choice([n for n in range(N) if str(n) in shown] or [0], (2_000_000, 2))
-    fine = (drawn[:, 0] != drawn[:, 1]) & (block[drawn[:, 0]] == block[drawn[:, 1]])
-    pairs = list(dict.fromkeys(map(tuple, drawn[fine][:10_000].tolist())))
+    files = Path(args.frames).iterdir() if args.frames else ()
+    shown = {x.stem for x in files if x.suffix == ".gif" or any(x.glob("*.png"))}
+    order = np.array([n for n in block.argsort() if not args.frames or str(n) in shown] or [0])
+    blocks, rng = block[order], np.random.default_rng(1)
+    first = rng.integers(len(order), size=20_000)
+    second = rng.integers(*(np.searchsorted(blocks, blocks[first], side) for side in ("left", "right")))
+    drawn = [pair for pair in order[np.stack([first, second], axis=1)].tolist() if pair[0] != pair[1]]
+    pairs = list({frozenset(pair): tuple(pair) for pair in drawn}.values())[:10_000]
     if not pairs:
-        raise UserError(f"{args.frames or args.env}: no two trajectories of one block to compare")
+        raise UserError(f"{args.frames or args.env}: no two trajectories of one block (N.gif or N/*.png)")
     if args.select == "uncertain":
-        path, returns = Path(args.reward_path), torch.zeros(N, sizes[1])
+        path, returns = Path(args.reward_path or "--reward-path"), torch.zeros(N, sizes[1])
         model = build_network(RewardNetwork, path, load_checkpoint(path, "reward"), "cpu", sizes)
         for n in torch.tensor(pairs).unique().split(256):
             returns[n] = model(data["observations"][n, :-1], data["actions"][n]).sum(dim=1)
@@ -85,11 +89,10 @@ def read_labels(paths: list[Path], checksum: str, num_trajectories: int, num_age
                 first, second = (trajectories.index(n) for n in x["pair"])  # ValueError where it is none
                 key = (str(x["annotator"]), agents[agents.index(x["agent"])], first, second)
                 labels.pop(key, None)
-                if (answer := ANSWERS[ANSWERS.index(x["answer"])]) != "undo":
-                    labels[key] = answer
+                labels[key] = ANSWERS[ANSWERS.index(x["answer"])]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: no answer about this dataset ({error})") from None
-    return labels
+    return {key: answer for key, answer in labels.items() if answer != "undo"}
 
 
 def krippendorff_alpha(units: list[list[int]]) -> float | None:
@@ -101,8 +104,8 @@ def krippendorff_alpha(units: list[list[int]]) -> float | None:
 
 
 def export(path: Path, data_path: Path, labels: dict, checksum: str, meta: dict) -> None:
-    """Labels (M, 1) of the team or, if nobody judged it, (M, A) of pairs judged for every agent: no value
-    says that an agent was not judged. Each annotator of a pair adds a row."""
+    """Labels (M, 1) of the team or, if nobody judged it, (M, A) of pairs judged for every agent, by whomever:
+    no value says that an agent was not judged. A pair has a row for each annotator."""
     arrays, told = dict(np.load(data_path)), {key: x for key, x in labels.items() if x is not None}
     given = defaultdict(lambda: defaultdict(list))  # {pair: {agent: answers}}
     for (_, agent, *pair), answer in told.items():
@@ -133,8 +136,8 @@ def serve(args: Args, observations: np.ndarray, pairs: list, labels: dict, check
         with lock, path.open("ab", buffering=0) as file:
             if key[2:] not in pairs or (key in labels) != (answer == "undo"):
                 raise ValueError("answered in another window")
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)  # half an answer, see read_labels
-            if file.write(line) < len(line):
+            if (written := file.write(line)) < len(line):
+                file.truncate(file.tell() - written)
                 raise OSError("no space left")
             os.fsync(file.fileno())
             labels.pop(key) if answer == "undo" else labels.update({key: answer})
@@ -148,21 +151,17 @@ def serve(args: Args, observations: np.ndarray, pairs: list, labels: dict, check
             try:
                 if name == "answer" and self.command == "POST":
                     content = take(json.loads(self.rfile.read(min(int(self.headers["Content-Length"]), 999))))
-                elif name.isdecimal() and args.frames:
-                    files = [*Path(args.frames).glob(f"{name}.gif"), *Path(args.frames, name).glob("*.png")]
-                    files.sort(key=lambda x: (len(x.name), x.name))  # 9.png before 10.png
-                    content = [
-                        f"data:image/{x.suffix[1:]};base64,{encode(x.read_bytes()).decode()}" for x in files
-                    ]
-                elif name.isdecimal():
-                    content = observations[int(name)].round(3).tolist()
                 elif name == "":
                     done = [key[2:] for key in [*labels] if key[:2] == me]
                     state = json.dumps(vars(args) | {"pairs": pairs, "done": done}).replace("<", "\\u003c")
                     content = Path(__file__).with_suffix(".html").read_text().replace("STATE", state)
+                elif args.frames and name.isdecimal():
+                    files = [x for end in (".gif", "/*.png") for x in Path(args.frames).glob(name + end)]
+                    files.sort(key=lambda x: (len(x.name), x.name))  # 9.png before 10.png
+                    content = [f"data:image/*;base64,{encode(x.read_bytes()).decode()}" for x in files]
                 else:
-                    return self.send_error(404)
-            except (OSError, ValueError, LookupError, TypeError) as error:
+                    content = observations[int(name)].round(3).tolist()
+            except Exception as error:  # of whatever is asked the answer is what went wrong
                 return self.send_error(500, f"{error!r:.99}")
             self.send_response(200)
             self.send_header("Content-Type", "application/json" if name else "text/html")
@@ -175,7 +174,7 @@ def serve(args: Args, observations: np.ndarray, pairs: list, labels: dict, check
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {args.port}: cannot be used ({error}); give another") from None
-    print(f"http://127.0.0.1:{server.server_port}{root}/ asks {args.annotator}; Ctrl-C stops it", flush=True)
+    print(f"http://127.0.0.1:{server.server_port}{root}/ has {len(pairs)} pairs; Ctrl-C stops it", flush=True)
     server.serve_forever()
 
 
@@ -191,7 +190,8 @@ def main(args: Args) -> None:
     drawn = {"spread": D > 4 * A, "tag": (A, D) == (3, 16), "reference": (A, D) == (2, 21)}
     if not (args.frames or drawn.get(args.env.split("-")[0])):
         raise UserError(f"{args.env}: no positions in observations; give --frames FOLDER of N.gif or N/*.png")
-    paths[0].open("ab").close()  # raises where it cannot be written
+    with paths[0].open("ab") as file:  # raises where it cannot be written
+        file.truncate(paths[0].read_bytes().rfind(b"\n") + 1)  # half an answer, see read_labels
     labels, pairs = read_labels(paths, checksum, N, A), choose_pairs(args, data, (D, A, meta["num_actions"]))
     serve(args, data["observations"].numpy(), pairs, labels, checksum, paths[0])
 

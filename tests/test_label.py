@@ -27,7 +27,7 @@ VALUES = {"ArrowLeft": 1, "ArrowDown": 0, "ArrowRight": -1, "s": None}
 def browser():
     try:
         browser = open_browser()
-    except label.UserError as error:
+    except train_reward.UserError as error:
         pytest.skip(str(error))
     yield browser
     browser.quit()
@@ -154,9 +154,9 @@ def test_an_answer_is_taken_when_it_is_on_the_disk(serve, spread_data, tmp_path,
     assert answer(one) == 500
     Path("synced").touch()
     assert answer(one) == 200
-    full, endless = path.stat().st_size + 50, resource.RLIM_INFINITY
-    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (full, endless))
-    assert answer(two) == 500 and path.stat().st_size == full
+    before, endless = path.stat().st_size, resource.RLIM_INFINITY
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (before + 50, endless))
+    assert answer(two) == 500 and path.stat().st_size == before
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (endless, endless))
     assert answer(two) == 200
     assert [tuple(json.loads(x)["pair"]) for x in path.read_text().splitlines()] == [one, one, two]
@@ -183,7 +183,7 @@ def test_pictures_of_an_unknown_game_and_who_may_ask(serve, made_up_data, browse
         assert ask("POST", f"/{token}/answer", body, **headers) == ask("GET", f"/{token}/", **headers) == 403
     for place in ("/", "/answer", "answer", "/other/answer", f"/{token}/../label.py", f"/{token}//answer"):
         assert ask("POST", place, body) == ask("GET", place) == 403
-    assert ask("GET", f"/{token}/label.py") == ask("GET", f"/{token}/answer") == 404
+    assert ask("GET", f"/{token}/label.py") == ask("GET", f"/{token}/answer") == 500
     for bad in ("{", "[]", body.replace(" 1,", " 2,"), body.replace("[", "[0, ")):
         assert ask("POST", f"/{token}/answer", bad) == 500
     assert path.read_bytes() == b""
@@ -249,7 +249,7 @@ def test_pairs_stay_in_their_block_and_uncertain_ones_come_first(spread_data, tm
 MISTAKES = [
     ({"frames": ""}, "made-up: no positions in observations; give --frames FOLDER"),
     ({"agent": 4}, "--agent is from 0 to 3"),
-    ({"frames": "0"}, "0: no two trajectories of one block to compare"),
+    ({"frames": "0"}, "0: no two trajectories of one block"),
     ({"labels_path": ("0",)}, "Is a directory: '0'"),
     ({"labels_path": ("old",)}, r"old, line 1: .*its checksum is 'c', not \w+: did it change\?"),
     ({}, r"--port \d+: cannot be used .*in use.*; give another"),
@@ -262,6 +262,7 @@ def test_mistakes_are_told(flags, message, made_up_data, tmp_path, monkeypatch):
     Path("old").write_text(json.dumps(LINE) + "\n")
     for name in "01":
         Path(name).mkdir()
+        Path(name, "1.png").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(Exception, match=message) as error:
         flags = {"frames": ".", "port": taken.getsockname()[1]} | flags
         label.main(label.Args(env="made-up", data_path=str(made_up_data), **flags))

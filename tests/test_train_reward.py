@@ -63,7 +63,10 @@ TIES = [([1, 1, -1, 1], 3.5 / 4), ([-1, -1, 1, 1], 1.5 / 4), ([0, 0, 0, 1], 1.0)
 @pytest.mark.parametrize(("labels", "accuracy"), TIES)
 def test_ties_of_the_model_count_half_and_labels_of_zero_not_at_all(labels, accuracy):
     rewards, pairs = torch.tensor([[[1.0]], [[1.0]], [[3.0]]]), torch.tensor([[0, 1], [2, 0], [0, 2], [2, 1]])
-    assert reward_loss(rewards, pairs, torch.tensor(labels).float().view(4, 1), 0.0)[3].item() == accuracy
+    labels = torch.tensor([labels, [0] * 4]).float().view(2, 4, 1)
+    assert reward_loss(rewards, pairs, labels[0], 0.0)[3].item() == accuracy
+    blocks = torch.zeros(2, 3), pairs.expand(2, 4, 2), labels  # the second is all ties
+    assert train_reward.measure(lambda _: rewards, blocks, Args())["reward/accuracy"] == accuracy
 
 
 @pytest.mark.parametrize(("variance", "scale"), [("return", 0.01), ("return", 10.0), ("step", 0.01)])
@@ -179,7 +182,7 @@ def test_learns_the_reward_of_a_game_that_nobody_knows(network, tmp_path):
     metrics, stats = checkpoint["metrics"], checkpoint["stats"]
     assert metrics["losses/nll"] < 0.4 and metrics["reward/accuracy"] > 0.75  # chance: 0.693 and 0.5
     assert metrics["reward/correlation"] > (0.9 if network == "mlp" else 0.5)  # a GRU pays later, too
-    assert "reward/bayes_nll" not in metrics  # the meta does not say how the labels were drawn
+    assert "reward/bayes_nll" not in metrics and metrics["reward/ties"] == 0  # meta tells no steepness
 
     data = load_dataset(data_path, "made-up", ARRAYS, ("true_rewards",))[0]
     torch.manual_seed(1)
