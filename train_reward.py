@@ -229,9 +229,7 @@ def main(args: Args) -> None:
     together = min(math.ceil(args.batch_size / size), num_blocks)  # blocks in a minibatch
     order = torch.cat([torch.randperm(num_blocks) for _ in range(args.max_epochs)])
     batches = order[: len(order) // together * together].view(-1, together).to(device)
-    offset = (
-        torch.arange(0, together * size, size).repeat_interleave(training[1].shape[1])[:, None].to(device)
-    )
+    start = torch.arange(0, together * size, size).repeat_interleave(training[1].shape[1])[:, None].to(device)
 
     sizes = (observations.shape[-1], actions.shape[2], meta["num_actions"])
     shape = {"sizes": sizes, "input": args.input, "network": args.network, "hidden_dim": args.hidden_dim}
@@ -244,7 +242,7 @@ def main(args: Args) -> None:
 
     def update(batch):
         trajectories, pairs, labels = (x[batch].flatten(0, 1) for x in training)
-        loss = reward_loss(rewards_of(trajectories), pairs + offset, labels, args.alpha, args.variance)[0]
+        loss = reward_loss(rewards_of(trajectories), pairs + start, labels, args.alpha, args.variance)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -6,6 +6,7 @@ as missing.
 Usage: python benchmark/report.py
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -266,11 +267,17 @@ def ablation(results: list[dict]) -> str:
 def table_3(results: list[dict]) -> str:
     rows = []
     betas = (0.0, 0.1, 1.0, 3.0, 10.0, 100.0)
-    for game in GAMES:
-        cells = [choose(results, "vdn", game, "diversified", **standard(game, beta=beta)) for beta in betas]
-        cells.append(choose(results, "vdn", game, "diversified", **standard(game, alpha=0.0)))
-        rows.append([game, *bold_best([mean_and_std(values(cell, "charts/score")) for cell in cells])])
-    return table(["game", *(f"beta {beta:g}" for beta in betas), "alpha 0"], rows)
+    for game, mixture in itertools.product(GAMES, MIXTURES):
+        cells = [choose(results, "vdn", game, mixture, **standard(game, beta=beta)) for beta in betas]
+        cells.append(choose(results, "vdn", game, mixture, **standard(game, alpha=0.0)))
+        if mixture == "diversified" or sum(map(bool, cells)) > 1:
+            plain = choose(results, "vdn", game, mixture, **standard(game))
+            scores = [
+                values(plain, "charts/reference_score"),
+                *(values(cell, "charts/score") for cell in cells),
+            ]
+            rows.append([game, mixture, *bold_best([*map(mean_and_std, scores)])])
+    return table(["game", "data", "BC = pi_ref", *(f"beta {beta:g}" for beta in betas), "alpha 0"], rows)
 
 
 def table_6(results: list[dict]) -> str:
