@@ -58,7 +58,7 @@ def choose_pairs(args: Args, data: dict, sizes: tuple) -> list[tuple[int, int]]:
     N, block = len(data["actions"]), data.get("block", torch.zeros(len(data["actions"]))).numpy()
     files = Path(args.frames).iterdir() if args.frames else ()
     shown = {x.stem for x in files if x.suffix == ".gif" or any(x.glob("*.png"))}
-    order = np.array([n for n in block.argsort() if not args.frames or str(n) in shown] or [0])
+    order = np.array([n for n in block.argsort(kind="stable") if not args.frames or str(n) in shown] or [0])
     blocks, rng = block[order], np.random.default_rng(1)
     first = rng.integers(len(order), size=20_000)
     second = rng.integers(*(np.searchsorted(blocks, blocks[first], side) for side in ("left", "right")))
