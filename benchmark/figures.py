@@ -20,17 +20,16 @@ import numpy as np
 import torch
 import tyro
 
-from benchmark.report import BETAS, LABELS, MIXTURES, ROOT, choose, load_results, player, standard, values
+from benchmark import report
+from benchmark.report import BETAS, GAMES, LABELS, ROOT, choose, load_results, player, standard, values
 from train_reward import RewardNetwork, load_dataset
 from vdn_rlhf import build_network, load_checkpoint
 
-GAMES = ("spread", "tag", "reference")
 PANELS = {  # title of a column of Figure 4: data and alpha of the reward model
     "pure-expert data, alpha 1": ("pure-expert", 1),
     "diversified data, alpha 0": ("diversified", 0),
     "diversified data, alpha 1": ("diversified", 1),
 }
-ALPHAS = (0, 0.001, 0.01, 0.1, 1, 10, 100, 1000)
 
 
 @dataclass
@@ -91,11 +90,11 @@ def draw_curves(args: Args) -> None:
             axis.plot(curves[0]["update"], np.mean([curve[name] for curve in curves], axis=0), label=label)
 
     for top, bottom, game in zip(*axes, GAMES, strict=True):
-        for alpha in ALPHAS:
+        for alpha in report.ALPHAS:
             flags = dict(alpha=alpha, preset="default", variance="return")
             cell = choose(results, "reward", game, "diversified", args.data_seed, **flags)
             draw(top, cell, "losses/nll", f"alpha {alpha:g}")
-        for mixture in MIXTURES:
+        for mixture in report.MIXTURES:
             cell = choose(results, "vdn", game, mixture, args.data_seed, **standard(game))
             draw(bottom, cell, "charts/score", mixture)
         top.set(title=game)

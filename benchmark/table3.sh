@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Table 3: beta, and alpha 0, on diversified data. MIXTURE=mix-unilateral bash ...: on others.
+# Table 3: beta, and alpha 0, on diversified data. MIXTURES="mix-unilateral mix-expert" bash ...: on others.
 source "$(dirname "$0")/settings.sh"
-mixture=${MIXTURE:-diversified}
-for game in $games; do collect $game $mixture; done | run
+mixtures=${MIXTURES:-diversified}
+each() { for mixture in $mixtures; do for game in $games; do "$@" $game $mixture; done; done; } # command
+models() {
+  bc $1 $2 $seed
+  for alpha in 0 1; do reward_model $1 $2 $seed --alpha $alpha; done
+}
+policies() {
+  for beta in 0 0.1 1 3 10 100; do vdn $1 $2 $seed --beta $beta; done
+  vdn $1 $2 $seed --alpha 0
+}
+each collect | run
 
 for seed in $seeds; do
-  for game in $games; do
-    bc $game $mixture $seed
-    for alpha in 0 1; do reward_model $game $mixture $seed --alpha $alpha; done
-  done | run
-  for game in $games; do
-    for beta in 0 0.1 1 3 10 100; do vdn $game $mixture $seed --beta $beta; done
-    vdn $game $mixture $seed --alpha 0
-  done | run
+  each models | run
+  each policies | run
 done
 report
