@@ -125,7 +125,7 @@ class VDNPolicy(nn.Module):
 
 def kl_rewards(logits: torch.Tensor, beta: float) -> torch.Tensor:
     """The KL part of Eq. (3), beta * (log pi_ref(a | o_i) + log |A_i|), for all actions, from pi_ref's logits
-    (..., num_actions). Eq. (3) has -log(pi_w / pi_ref); a greedy pi_w has no density: 1 / |A_i| (5.3)."""
+    (..., num_actions), with 1 / |A_i| for pi_w (5.3). Soft values subtract beta * (log pi_w + log |A_i|)."""
     return beta * (logits.log_softmax(dim=-1) + math.log(logits.shape[-1]))
 
 

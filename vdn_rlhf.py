@@ -1,7 +1,7 @@
 """Train a team policy offline from preferences: VDN (Sunehag et al., 2017) on the learned reward, Eq. (4),
 plus the KL term to the reference policy, Eq. (3). Reads observations and actions of a dataset.npz, a
-reward-*.pt and a bc-*.pt (pi_ref), never labels or true rewards; only test returns play it. Writes vdn-*.pt,
-the last policy. The sibling scripts make what the default paths lack.
+reward-*.pt and a bc-*.pt (pi_ref), never labels or true rewards; the sibling scripts make what is missing.
+Writes vdn-*.pt, the last policy.
 Usage: python vdn_rlhf.py --env spread --beta 1
 
 Metrics in NAME.json, their curves also in wandb (--track); returns need evaluate.py beside this script:
@@ -14,9 +14,9 @@ Metrics in NAME.json, their curves also in wandb (--track); returns need evaluat
 Deviations from the paper:
 1. The Q-network is an MLP that sees the time step, not a GRU (--network gru).
 2. The KL term is a known part of the Q-values, the network learns the rest (VDNPolicy; --no-known-kl).
-3. Q(lambda) with off-policy corrections, not one-step targets (--td-lambda 0); always double Q.
-4. What the paper leaves open: gamma 0.9, though the game of section 3 does not discount; clipped gradients, a
-   target network that follows slowly, a learning rate that falls along a cosine, also with --preset paper."""
+3. Eq. (3) with pi_w = softmax(Q / beta), played greedily; 5.3 has 1 / |A_i| for pi_w (--no-soft-values).
+4. Q(lambda) with off-policy corrections, not one-step targets (--td-lambda 0).
+5. Also in the preset: double Q, gamma 0.9, clipped gradients, slow target network, cosine learning rates."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ try:  # test returns are the work of evaluate.py, where it stands beside this sc
 except ImportError:
     find_game = None
 
-VERSION = 1  # raised when a change of this file changes its results by more than rounding
+VERSION = 2  # raised when a change of this file changes its results by more than rounding
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Args:
     """the game; must be the dataset's"""
     dataset: str = "diversified"
     """folder in runs/<game>/; collect_data.py --help lists the mixtures"""
-    beta: float = 1.0
-    """weight of the KL term, Eq. (3); 3 in tag unless given"""
+    beta: float = 3.0
+    """weight of the KL term, Eq. (3); 1 in reference unless given (paper: 1, in tag 3)"""
     alpha: float = 1.0
     """smoothness weight of the reward model to use, Eq. (1)"""
     keep: float = 1.0
@@ -94,6 +94,8 @@ class Args:
     """width of every hidden layer"""
     known_kl: bool = True
     """the KL term is a known part of the Q-values (paper: the network learns all of them)"""
+    soft_values: bool = True
+    """the next step is worth Eq. (3) of pi_w = softmax(Q / beta) (paper: of its greedy action)"""
     gamma: float = 0.9
     """discount"""
     td_lambda: float = 0.8
@@ -106,11 +108,11 @@ class Args:
     """trajectories per gradient step"""
 
 
-# Table 5; beta in tag is from section 5.3, the updates there from the published code (Table 5: 1e6).
-PAPER = dict(run_name="paper", network="gru", hidden_dim=64, known_kl=False, td_lambda=0.0, batch_size=64)
-PAPER |= dict(learning_rate=1e-3, num_updates=10_000)
+# Table 5; beta is from section 5.3, the updates in tag from the published code (Table 5: 1e6).
+PAPER = dict(run_name="paper", network="gru", hidden_dim=64, known_kl=False, soft_values=False, td_lambda=0.0)
+PAPER |= dict(beta=1.0, learning_rate=1e-3, num_updates=10_000, batch_size=64)
 PAPER_TAG = dict(beta=3.0, num_updates=50_000)
-PRESETS = {"default": {"tag": dict(beta=3.0)}, "paper": {"all": PAPER, "tag": PAPER_TAG}}
+PRESETS = {"default": {"reference": dict(beta=1.0)}, "paper": {"all": PAPER, "tag": PAPER_TAG}}
 
 
 # --- shared block: agent_network ---
@@ -176,7 +178,7 @@ class VDNPolicy(nn.Module):
 
 def kl_rewards(logits: torch.Tensor, beta: float) -> torch.Tensor:
     """The KL part of Eq. (3), beta * (log pi_ref(a | o_i) + log |A_i|), for all actions, from pi_ref's logits
-    (..., num_actions). Eq. (3) has -log(pi_w / pi_ref); a greedy pi_w has no density: 1 / |A_i| (5.3)."""
+    (..., num_actions), with 1 / |A_i| for pi_w (5.3). Soft values subtract beta * (log pi_w + log |A_i|)."""
     return beta * (logits.log_softmax(dim=-1) + math.log(logits.shape[-1]))
 
 
@@ -186,15 +188,13 @@ def kl_rewards(logits: torch.Tensor, beta: float) -> torch.Tensor:
 def team_rewards(r_phi: torch.Tensor, stats: dict[str, float], kl: torch.Tensor) -> torch.Tensor:
     """The step reward of Eq. (3): Eq. (4), a sum over agents, plus the KL part of the actions taken. r_phi
     and kl (..., A), mean and standard deviation of r_phi over the training part -> (...)."""
-    standardized = (r_phi - stats["mean"]) / max(stats["std"], 1e-8)
-    return (standardized + kl).sum(dim=-1)  # Eq. (4) is the sum of the first, Eq. (3) of both
+    return ((r_phi - stats["mean"]) / max(stats["std"], 1e-8) + kl).sum(dim=-1)
 
 
 def q_lambda_targets(rewards, values, chosen_values, gamma: float, td_lambda: float) -> torch.Tensor:
     """Q(lambda) with off-policy corrections (Harutyunyan et al., 2016): G_t = r_t + gamma * (V_{t+1} + lambda
-    * (G_{t+1} - Q_{t+1}(a_{t+1}))), all (B, T, ...), V of greedy actions, a of the behavior; lambda 0:
-    one-step targets. G, V and Q are 0 after step T, where the game ends: nothing is bootstrapped past it.
-    With V in place of Q it is TD(lambda), which charges a_t with the behavior's later mistakes."""
+    * (G_{t+1} - Q_{t+1}(a_{t+1}))), all (B, T, ...), V of pi_w, a of the behavior; lambda 0: one-step
+    targets. G, V and Q are 0 after step T, where the game ends: nothing is bootstrapped past it."""
     later = gamma * (values[:, 1:] - td_lambda * chosen_values[:, 1:])
     terms = rewards + torch.cat([later, torch.zeros_like(rewards[:, :1])], dim=1)
     steps = torch.arange(terms.shape[1], device=terms.device, dtype=terms.dtype)
@@ -202,13 +202,16 @@ def q_lambda_targets(rewards, values, chosen_values, gamma: float, td_lambda: fl
     return torch.einsum("st,bs...->bt...", weights, terms)  # (gamma * lambda)^(s - t) terms_s, s >= t
 
 
-def vdn_loss(q, target_q, actions, rewards, gamma: float, td_lambda: float) -> torch.Tensor:
+def vdn_loss(q, target_q, actions, rewards, gamma: float, td_lambda: float, temperature: float):
     """Mean squared TD error of Q_tot = sum_i Q_i over whole episodes. Q-values of the online and the target
     network (B, T, A, num_actions), actions (B, T, A), team rewards (B, T). Double Q-learning: the online
-    network chooses the next action, the target network values it."""
+    network chooses the next pi_w = softmax(Q / temperature), the target network values it, by Eq. (3) where
+    the temperature is beta; 0: the greedy action's value, with 1 / |A_i| for pi_w (5.3)."""
     taken = F.one_hot(actions, q.shape[-1])  # a CUDA graph holds no deterministic gradient of gather
     with torch.no_grad():
-        values = target_q.gather(-1, q.argmax(dim=-1, keepdim=True)).sum(dim=(-2, -1))  # (B, T)
+        log_pi = (q / max(temperature, 1e-6)).log_softmax(dim=-1)
+        soft_q = target_q - temperature * (log_pi + math.log(q.shape[-1]))
+        values = (log_pi.exp() * soft_q).sum(dim=(-2, -1))  # (B, T)
         chosen_values = (target_q * taken).sum(dim=-1).sum(dim=-1)
         targets = q_lambda_targets(rewards, values, chosen_values, gamma, td_lambda)
     return ((q * taken).sum(dim=-1).sum(dim=-1) - targets).square().mean()
@@ -255,8 +258,7 @@ def main(args: Args) -> None:
     if is_finished(path, "vdn", args, sources):
         return
 
-    # What never changes while VDN learns: team rewards (N, T), KL part of all actions (N, T, A, num_actions).
-    rewards, kl = [], []
+    rewards, kl = [], []  # VDN changes neither: team rewards (N, T), KL of all actions (N, T, A, num_actions)
     chunks = zip(observations[:, :-1].split(1024), actions.split(1024), strict=True)
     with torch.no_grad():
         for o, a in tqdm(list(chunks), "learned rewards and pi_ref", unit="chunk", mininterval=1):
@@ -270,15 +272,14 @@ def main(args: Args) -> None:
     online = AgentNetwork(**shape).to(device)
     target = copy.deepcopy(online).to(device).requires_grad_(False)  # to(): packs a copied GRU's weights
     policy = VDNPolicy(online, reference, args.beta if args.known_kl else 0.0)
+    temperature = args.beta if args.soft_values else 0.0
     lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
     optimizer = torch.optim.Adam(online.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
 
     def update(batch):  # (B,): indices of trajectories
         seen, known = observations[batch, :-1], kl[batch] if args.known_kl else 0.0
-        with torch.no_grad():
-            target_q = target(seen)[0] + known
-        q = online(seen)[0] + known
-        loss = vdn_loss(q, target_q, actions[batch], rewards[batch], args.gamma, args.td_lambda)
+        q, target_q = online(seen)[0] + known, target(seen)[0] + known
+        loss = vdn_loss(q, target_q, actions[batch], rewards[batch], args.gamma, args.td_lambda, temperature)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(online.parameters(), 10.0)
@@ -304,9 +305,8 @@ def main(args: Args) -> None:
     metrics = {name: curve[-1] for name, curve in history.items()} | {"speed/updates_per_second": speed}
     if game is not None:  # the closing table: everybody from the same start states
         folder = os.path.relpath(Path(__file__).parent / "policies" / args.env)
-        shipped = [f"{folder}/{name}.pt" for name in ("novice", "rookie", "expert")]
-        shipped = list(filter(os.path.exists, shipped))
-        players = {"random": None, **load_policies(shipped, device, args.env)[1]}
+        paths = [f"{folder}/{name}.pt" for name in ("novice", "rookie", "expert")]
+        players = {"random": None, **load_policies(list(filter(os.path.exists, paths)), device, args.env)[1]}
         players |= {"pi_ref": reference, "VDN-RLHF": policy}
         report = compare(game, players, device, args.seed + 10**6)
         metrics |= {name: value for name, value in report["VDN-RLHF"].items() if name in metrics}

@@ -11,6 +11,7 @@ steps() { # game, folder
   vdn $1 diversified $seed $flags --run-name joint-reward
   flags+=" --network mlp --hidden-dim 128" && vdn $1 diversified $seed $flags --run-name mlp
   flags+=" --known-kl" && vdn $1 diversified $seed $flags --run-name known-kl
+  flags+=" --soft-values" && vdn $1 diversified $seed $flags --run-name soft-values
   flags+=" --td-lambda 0.8" && vdn $1 diversified $seed $flags --run-name lambda
   flags+=" --learning-rate 5e-3" && vdn $1 diversified $seed $flags --run-name rate
   vdn $1 diversified $seed

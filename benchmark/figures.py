@@ -151,9 +151,9 @@ def draw_labels(args: Args) -> None:
             for mixture, name in runs.values()
         ]
         draw_scores(axis, list(runs), cells)
-        reference = np.mean([score for cell in cells for score in values(cell, "charts/reference_score")])
-        axis.axhline(reference, color="black", linewidth=1, label="BC")
-        axis.set(title=game, xscale="log", xlabel="labelled pairs")
+        reference = [score for cell in cells for score in values(cell, "charts/reference_score")]
+        axis.axhline(np.mean(reference or [np.nan]), color="black", linewidth=1, label="BC")
+        axis.set(title=game, xscale="log", xlim=(70, 600_000), xlabel="labelled pairs")
     axes[0].set_ylabel("score")
     axes[0].legend(fontsize=6)
     figure.tight_layout()

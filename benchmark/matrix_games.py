@@ -2,7 +2,7 @@
 preference data, the coverage measures of Definition 1, the maximum-likelihood reward with its confidence set,
 Algorithm 2 (pessimistic values), 3 (optimistic best responses) and 4 (surrogate minimization, by
 enumeration), all exact. First the two games of Table 4 under single-policy, unilateral and uniform data
-(Theorems 1 to 4), then a random Markov game on which Lemmas 1, 2 and 4 are checked.
+(Theorems 1 to 4), then a random Markov game on which Lemma 4 is checked.
 
 Usage: python benchmark/matrix_games.py        (writes benchmark/results/table4.md and table4.png)
 
@@ -351,9 +351,8 @@ def estimated_backup(data: Data, rewards, norms, lam: float, sign: int, C_P: flo
 
 @dataclass(frozen=True)
 class Bounds:
-    """What Algorithms 2 and 3 find, for each player and step, and the rewards that they used."""
+    """What Algorithms 2 and 3 find, for each player and step."""
 
-    rewards: list[tuple[np.ndarray, np.ndarray]]  # pessimistic and optimistic, (H, S, A, B) each
     pessimistic: list[list[np.ndarray]]  # (K1, K2, S), of all policies
     optimistic: list[list[np.ndarray]]  # (K, S), against all policies of the other player
 
@@ -365,15 +364,14 @@ class Bounds:
 
 def compute_bounds(data: Data, estimates: list, shape: tuple, lam: float, C_r: float, C_P: float) -> Bounds:
     reward_norms, transition_norms = uncertainties(data, shape, lam, anchored=True)
-    rewards, pessimistic, optimistic = [], [], []
+    pessimistic, optimistic = [], []
     for i in range(2):
         low, high = reward_bounds(data, estimates[i], reward_norms, C_r)
-        rewards.append((low, high))
         below = estimated_backup(data, low, transition_norms, lam, -1, C_P)
         above = estimated_backup(data, high, transition_norms, lam, 1, C_P)
         pessimistic.append(policy_values(below, shape))
         optimistic.append(best_responses(above, i, shape))
-    return Bounds(rewards, pessimistic, optimistic)
+    return Bounds(pessimistic, optimistic)
 
 
 def minimize_surrogate(bounds: Bounds, rng: np.random.Generator) -> tuple[int, int]:
@@ -387,23 +385,6 @@ def theorem_4_bound(game: Game, data: Data, equilibrium, lam: float, C_r: float,
     reward_norms, transition_norms = uncertainties(data, game.shape, lam, anchored=True)
     backup = model_backup(C_P * transition_norms + C_r * reward_norms, game.transitions)
     return 4 * sum(float(best_responses(backup, i, game.shape)[0][equilibrium[1 - i], 0]) for i in range(2))
-
-
-def check_lemmas(game: Game, data: Data, bounds: Bounds, norms: np.ndarray, C_r: float) -> dict[str, bool]:
-    """Lemma 1 in all cells and Lemma 2 for all policies, players, steps and states."""
-    H, lemma_1, lemma_2, slack = len(norms), True, True, 1e-9
-    for i in range(2):
-        true = game.rewards[i].reshape(H, -1)
-        true = (true - true[np.arange(H), data.reference][:, None]).reshape(game.shape)
-        low, high = bounds.rewards[i]
-        steps = (true - 2 * C_r * norms, low, true, high, true + 2 * C_r * norms)
-        lemma_1 &= all(bool((lower <= upper + slack).all()) for lower, upper in itertools.pairwise(steps))
-        backup = model_backup(true, game.transitions)
-        values, responses = policy_values(backup, game.shape), best_responses(backup, i, game.shape)
-        for h in range(H):
-            lemma_2 &= bool((bounds.pessimistic[i][h] <= values[h] + slack).all())
-            lemma_2 &= bool((bounds.optimistic[i][h] >= responses[h] - slack).all())
-    return {"lemma_1": lemma_1, "lemma_2": lemma_2}
 
 
 # Experiments ---
@@ -441,28 +422,26 @@ def measure_table_games(args: Args) -> dict[str, np.ndarray]:
 
 def measure_markov_game(args: Args) -> dict[str, np.ndarray]:
     """On unilateral data, for the stated and the sharper constants, each size and dataset (2, sizes,
-    datasets): whether Lemmas 1, 2 and 4 hold; the width sum_i [optimistic - pessimistic] at the equilibrium,
+    datasets): whether Lemma 4 holds; the width sum_i [optimistic - pessimistic] at the equilibrium,
     Theorem 4's bound and the gap of Algorithm 4's output. `error` (sizes, datasets): the larger
     |theta_hat - theta|_Sigma of the two players."""
     game = random_game(args.seed, NUM_STATES, HORIZON)
     equilibrium, gaps = find_equilibrium(game), nash_gaps(game)
     behavior = behavior_policy(game, equilibrium, "unilateral")
-    names = ("lemma_1", "lemma_2", "lemma_4", "width", "bound", "gap")
+    names = ("lemma_4", "width", "bound", "gap")
     shape = (len(args.markov_sizes), args.num_datasets)
     results = {name: np.zeros((2, *shape)) for name in names} | {"error": np.zeros(shape)}
     for k, s in tqdm(list(np.ndindex(shape)), desc="random Markov game", unit="dataset"):
         rng = np.random.default_rng((args.seed, len(COVERAGES), args.markov_sizes[k], s))
         data = collect(game, behavior, args.markov_sizes[k], rng)
         estimates = [fit_reward(data, i) for i in range(2)]
-        norms = uncertainties(data, game.shape, args.lam, anchored=True)[0]
         errors = [estimation_error(data, estimates[i], game.rewards[i], args.lam) for i in range(2)]
         results["error"][k, s] = max(errors)
         for scale, factor in enumerate((1, args.sharper)):
             C = confidence_radii(game.shape, args.delta, args.lam, factor * args.c_r, factor * args.c_p)
             bounds = compute_bounds(data, estimates, game.shape, args.lam, *C)
-            run = check_lemmas(game, data, bounds, norms, C[0])
-            run["width"], run["gap"] = bounds.surrogate()[equilibrium], gaps[minimize_surrogate(bounds, rng)]
-            run["lemma_4"] = run["gap"] <= run["width"] + 1e-9
+            width, gap = bounds.surrogate()[equilibrium], gaps[minimize_surrogate(bounds, rng)]
+            run = {"width": width, "gap": gap, "lemma_4": gap <= width + 1e-9}
             run["bound"] = theorem_4_bound(game, data, equilibrium, args.lam, *C)
             for name, value in run.items():
                 results[name][scale, k, s] = value
@@ -474,7 +453,7 @@ def report(args: Args, table: dict[str, np.ndarray], markov: dict[str, np.ndarra
         C_r, C_P = confidence_radii(shape, args.delta, args.lam, factor * args.c_r, factor * args.c_p)
         return f"C_r = {C_r:.1f}, C_P = {C_P:.1f}"
 
-    policies, shape = 2 ** (NUM_STATES * (HORIZON - 1) + 1), (HORIZON, NUM_STATES, 2, 2)
+    shape = (HORIZON, NUM_STATES, 2, 2)
     lines = ["# Table 4: which data identify an equilibrium", ""]
     lines += ["| M1 | b1 | b2 | | M2 | b1 | b2 |", "|---|---|---|---|---|---|---|"]
     for a, (left, right) in enumerate(zip(*TABLE_4, strict=True), start=1):
@@ -511,20 +490,17 @@ All three measures at n = {args.table_sizes[-1]:,}, anchored (raw), means over g
 
 {HORIZON} steps, {NUM_STATES} states, 2 x 2 actions, general-sum rewards: the first game drawn that has a
 deterministic Markov equilibrium. Unilateral data, {args.num_datasets} datasets of each size n, of which
-at least {(1 - args.delta) * args.num_datasets:g} should satisfy: Lemma 1 for all rewards; Lemma 2,
-pessimistic <= true <= optimistic, for all {policies} x {policies} deterministic Markov policies, both
-players, all steps and states; Lemma 4, the gap of Algorithm 4's output is at most the width, sum_i
-[optimistic - pessimistic] at pi*, which clipping keeps at {4 * HORIZON} or less. Constants:
-{radii(shape)} (proven for c_r = c_p = 1) and, with {args.sharper:g} times c_r and c_p,
+at least {(1 - args.delta) * args.num_datasets:g} should satisfy Lemma 4: the gap of Algorithm 4's output is
+at most the width, sum_i [optimistic - pessimistic] at pi*, which clipping keeps at {4 * HORIZON} or less.
+Constants: {radii(shape)} (proven for c_r = c_p = 1) and, with {args.sharper:g} times c_r and c_p,
 {radii(shape, args.sharper)} (not proven). The last column is the largest |theta_hat - theta|_Sigma, which
 C_r has to exceed.
 
-| c_r, c_p | n | Lemma 1 | Lemma 2 | Lemma 4 | width | Theorem 4's bound | gap: mean | largest | theta error |
-|---|---|---|---|---|---|---|---|---|---|""".split("\n")
+| c_r, c_p | n | Lemma 4 | width | Theorem 4's bound | gap: mean | largest | theta error |
+|---|---|---|---|---|---|---|---|""".split("\n")
     for scale, factor in enumerate((1, args.sharper)):
         for k, n in enumerate(args.markov_sizes):
-            lemmas = ("lemma_1", "lemma_2", "lemma_4")
-            holds = " | ".join(f"{markov[name][scale, k].sum():.0f}" for name in lemmas)
+            holds = f"{markov['lemma_4'][scale, k].sum():.0f}"
             means = " | ".join(f"{markov[name][scale, k].mean():.3f}" for name in ("width", "bound", "gap"))
             largest = f"{markov['gap'][scale, k].max():.3f} | {markov['error'][k].max():.2f}"
             constants = f"{factor * args.c_r:g}, {factor * args.c_p:g}"

@@ -28,8 +28,8 @@ gap() { # name of the report, policy files
 }
 for game in $games; do
   gap $game-shipped policies/$game/expert.pt policies/$game/rookie.pt
-  beta=1
-  if [ $game = tag ]; then beta=3; fi
+  beta=3
+  if [ $game = reference ]; then beta=1; fi
   for mixture in $mixtures; do
     folder=runs/$game/$mixture-data$data_seed
     for seed in $seeds; do gap $game-$mixture-seed$seed $folder/{bc,vdn-beta$beta-alpha1}-seed$seed.pt; done

@@ -14,16 +14,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import numpy as np
 import torch
 import tyro
 from scipy import stats
 
+import vdn_rlhf
+
 ROOT = Path(__file__).parent.parent
 GAMES = ("spread", "tag", "reference")
 MANY_AGENTS = ("spread-4x5", "spread-5x5", "spread-6x5", "spread-7x5")
 MIXTURES = ("diversified", "mix-unilateral", "mix-expert", "pure-expert")
-STANDARD_BETA = {"tag": 3.0}  # section 5.3; else 1
 NO_EXPERT_BETA = 0.0  # chosen on dataset seed 1; settings.sh has both
 BETAS = (0.0, 0.03, 0.1, 0.3, 1.0)  # of no_expert.sh
 ALPHAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -87,7 +90,10 @@ def choose(results: list[dict], kind: str, game: str, mixture: str, data_seed="2
 
 def standard(game: str, preset="default", mixture="diversified", **changes) -> dict:
     """Flags of the standard run of a game."""
-    beta = NO_EXPERT_BETA if mixture == "no-expert" else STANDARD_BETA.get(game, 1.0)
+    presets = vdn_rlhf.PRESETS[preset]
+    beta = {"beta": vdn_rlhf.Args.beta, **presets.get("all", {}), **presets.get(game, {})}["beta"]
+    if mixture == "no-expert" and preset == "default":
+        beta = NO_EXPERT_BETA
     flags = {"beta": beta, "alpha": 1.0, "keep": 1.0, "preset": preset}
     return {**flags, "run_name": "paper" if preset == "paper" else "", **changes}
 
@@ -179,16 +185,14 @@ def rivals(results: list[dict]) -> str:
     head, columns = ["score"], []
     for mixture, best in (("diversified", "expert"), ("no-expert", "rookie")):
         for game in GAMES:
-            beta, cells = standard(game, mixture=mixture)["beta"], []
+            cells = []
             for kind, changes in RIVALS.values():
-                flags = standard(game, **{"beta": beta, **changes})
-                if "preset" in changes:
-                    flags["beta"] = STANDARD_BETA.get(game, 1.0)
+                flags = standard(game, mixture=mixture, **changes)
                 if kind == "bc":  # has neither beta nor alpha
                     del flags["beta"], flags["alpha"]
                 cell = choose(results, kind, game, mixture, **flags)
                 cells.append(mean_and_std(values(cell, "charts/score")))
-            plain = choose(results, "vdn", game, mixture, **standard(game, beta=beta))
+            plain = choose(results, "vdn", game, mixture, **standard(game, mixture=mixture))
             seeds = " ".join(str(result["args"]["seed"]) for result in plain) or "none"
             head.append(f"{game}, {mixture}")
             oracle = list(RIVALS).index("VDN, true rewards")  # sees what no learner sees: never bold
@@ -245,6 +249,7 @@ ABLATION = {  # column: run name and changes of the standard flags; ablation.sh 
     "+ joint reward": dict(preset="paper", run_name="joint-reward"),
     "+ MLP with time": dict(preset="paper", run_name="mlp"),
     "+ known KL": dict(preset="paper", run_name="known-kl"),
+    "+ soft values": dict(preset="paper", run_name="soft-values"),
     "+ lambda 0.8": dict(preset="paper", run_name="lambda"),
     "+ lr 5e-3": dict(preset="paper", run_name="rate"),
     "default": {},

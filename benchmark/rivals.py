@@ -40,10 +40,10 @@ class Args(vdn_rlhf.Args):
     """see above"""
 
 
-def cql_loss(q, target_q, actions, rewards, gamma, td_lambda):
+def cql_loss(q, target_q, actions, *others):
     """vdn_loss plus log-sum-exp of all actions' values minus that of the data's: lowers what they lack."""
     gap = q.logsumexp(dim=-1) - q.gather(-1, actions[..., None]).squeeze(-1)  # (B, T, A)
-    return vdn_loss(q, target_q, actions, rewards, gamma, td_lambda) + CQL_WEIGHT * gap.sum(dim=-1).mean()
+    return vdn_loss(q, target_q, actions, *others) + CQL_WEIGHT * gap.sum(dim=-1).mean()
 
 
 def ipl_loss(f, target_f, log_pi_ref, actions, pairs, labels, gamma, beta):

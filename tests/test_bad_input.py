@@ -31,7 +31,7 @@ ARRAYS, OPTIONAL = ("observations", "actions", "pairs", "labels"), ("block", "tr
 COMMON = "--data-path=dataset.npz --env=made-up --device=cpu --hidden-dim=8"
 PLAYER = "--num-episodes=2 --device=cpu --env=spread --policies random"
 REWARD, BC, TRAINING = "reward-alpha1-seed1.pt", "bc-seed1.pt", "bc-keep0.5-seed1.training.pt"
-FINISHED, VDN, CLONE, KEEP = "vdn-beta1-alpha1-seed1.pt", "vdn-spread.pt", "bc-spread.pt", f"keep/{REWARD}"
+FINISHED, VDN, CLONE, KEEP = "vdn-beta3-alpha1-seed1.pt", "vdn-spread.pt", "bc-spread.pt", f"keep/{REWARD}"
 FILES = {  # every kind of file: who reads it, with which words
     "dataset.npz": (train_reward, f"{COMMON} --reward-path=out.pt --max-epochs=1"),
     REWARD: (vdn_rlhf, f"{COMMON} --vdn-path=out.pt --num-updates=2"),

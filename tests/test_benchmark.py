@@ -84,7 +84,7 @@ def test_a_small_table_runs_from_nothing_and_again_at_once(tmp_path):
     made = {path.name for path in folder.glob("*.pt")}
     prefixes = {"reward": ("", "true-returns-"), "bc": ("", "keep0.25-", "true-returns-keep0.25-")}
     prefixes |= {"vdn": ("", "keep0.25-", "zero-", "ipl-")}
-    names = {"reward": "alpha1-seed4.pt", "bc": "seed4.pt", "vdn": "beta1-alpha1-seed4.pt"}
+    names = {"reward": "alpha1-seed4.pt", "bc": "seed4.pt", "vdn": "beta3-alpha1-seed4.pt"}
     assert made == {f"{kind}-{prefix}{names[kind]}" for kind in names for prefix in prefixes[kind]}
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert run(command, tmp_path, **environment).returncode == 0
@@ -100,7 +100,7 @@ def made_up_result(seed: int, score: float, reference: float, **changes) -> dict
 
 
 def test_a_cell_is_made_of_its_own_runs_alone():
-    others = ({"beta": 3.0}, {"run_name": "x"}, {"keep": 0.25}, {"preset": "paper", "run_name": "paper"})
+    others = ({"beta": 1.0}, {"run_name": "x"}, {"keep": 0.25}, {"preset": "paper", "run_name": "paper"})
     results = [made_up_result(5, 80, 60), made_up_result(4, 90, 70)]
     results += [made_up_result(4, 0, 0, **changes) for changes in others]
     row = report.table_2(results).splitlines()[2]

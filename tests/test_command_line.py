@@ -85,13 +85,13 @@ def test_one_command_makes_what_is_missing_and_keeps_what_is_there(started, caps
     for line, (module, args) in zip(commands, started, strict=True):
         _, _, script, *words = shlex.split(line)
         assert Path(script).resolve() == ROOT / f"{module.__name__}.py" and parse(module, *words) == args
-    names = {"dataset", "reward-alpha1-seed0", "bc-seed0", "vdn-beta1-alpha1-seed0"}
+    names = {"dataset", "reward-alpha1-seed0", "bc-seed0", "vdn-beta3-alpha1-seed0"}
     assert {path.stem for path in folder.iterdir()} == names and len(list(folder.iterdir())) == 8
     rows = [Path(name).stem for name in re.findall(r"^\| (\S+) +\| +-[\d.]+ ±", printed, re.MULTILINE)]
     assert rows == ["random", "novice", "rookie", "expert", "pi_ref", "VDN-RLHF"]
 
     # The closing table's numbers are in the JSON, and evaluate.py finds them again: the same start states.
-    path = folder / "vdn-beta1-alpha1-seed0.pt"
+    path = folder / "vdn-beta3-alpha1-seed0.pt"
     report = json.loads(path.with_suffix(".json").read_text())
     metrics = report["metrics"]
     policies = (str(folder / "bc-seed0.pt"), str(path))
@@ -128,7 +128,8 @@ def test_every_flag_that_a_sibling_needs_reaches_it(preset, started):
         (train_reward, train_reward.Args(alpha=10.0, **flags | by_preset[0])),
         (train_bc, train_bc.Args(keep=0.5, reward_path=reward_path, **flags | by_preset[1])),
     ]
-    names = {f"{mark}alpha10", f"{mark}keep0.5", f"{mark}keep0.5-beta1-alpha10"}
+    beta = by_preset[2].get("beta", 3)
+    names = {f"{mark}alpha10", f"{mark}keep0.5", f"{mark}keep0.5-beta{beta:g}-alpha10"}
     made = {re.sub("^[a-z]+-(.*)-seed3$", r"\1", path.stem) for path in Path("-x y").glob("*.pt")}
     assert made == names and Path(reward_path).exists()
 
@@ -153,8 +154,9 @@ def test_presets_and_flags_by_hand(module):
 @pytest.mark.parametrize(
     ("module", "words", "values"),
     [
-        (vdn_rlhf, "--env spread", {"beta": 1.0}),
-        (vdn_rlhf, "--env tag", {"beta": 3.0}),
+        (vdn_rlhf, "--env spread", {"beta": 3.0}),
+        (vdn_rlhf, "--env reference", {"beta": 1.0}),
+        (vdn_rlhf, "--preset paper --env spread", {"beta": 1.0}),
         (vdn_rlhf, "--env=tag --beta 7", {"beta": 7.0}),
         (vdn_rlhf, "--preset paper --env tag", {"beta": 3.0, "network": "gru", "num_updates": 50_000}),
         (train_reward, "--preset paper --env tag", {"network": "gru", "hidden_dim": 64, "input": "own"}),

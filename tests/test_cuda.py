@@ -31,7 +31,7 @@ COMMON = {"env": "made-up", "device": DEVICE, "hidden_dim": 16}
 STAGES = {  # what makes it, settings
     "reward-alpha1-seed1.pt": (train_reward, {"max_epochs": 10}),
     "bc-seed1.pt": (train_bc, {"num_updates": 40}),
-    "vdn-beta1-alpha1-seed1.pt": (vdn_rlhf, {"num_updates": 40}),
+    "vdn-beta3-alpha1-seed1.pt": (vdn_rlhf, {"num_updates": 40}),
 }
 
 
@@ -97,7 +97,7 @@ def test_deterministic_pipeline_twice_is_bit_equal_and_plays_as_mpe2_does(tmp_pa
         collect_data.main(collect_data.Args(num_trajectories=2560, **common))
         for module, few in STAGES.values():
             module.main(module.Args(hidden_dim=32, **common | few))
-        policies = (str(folder / "bc-seed1.pt"), str(folder / "vdn-beta1-alpha1-seed1.pt"))
+        policies = (str(folder / "bc-seed1.pt"), str(folder / "vdn-beta3-alpha1-seed1.pt"))
         for backend in ("torch", "mpe2"):
             args = evaluate.Args(policies=policies, num_episodes=8, backend=backend, device=DEVICE)
             reports.append([row["episode_returns"] for row in evaluate.main(args).values()])

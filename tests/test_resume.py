@@ -23,7 +23,7 @@ COMMON = {"env": "made-up", "device": "cpu", "hidden_dim": 8, "checkpoint_every"
 RUNS = {  # output, flags; each of 50 updates or more
     train_reward: ("reward-alpha1-seed1.pt", {"max_epochs": 25}),
     train_bc: ("bc-seed1.pt", {"num_updates": 50, "batch_size": 4}),
-    vdn_rlhf: ("vdn-beta1-alpha1-seed1.pt", {"num_updates": 50, "batch_size": 4}),
+    vdn_rlhf: ("vdn-beta3-alpha1-seed1.pt", {"num_updates": 50, "batch_size": 4}),
 }
 # The script as it is, but the process kills itself where it would write its fourth checkpoint, so that the
 # updates since the third are lost.

@@ -46,7 +46,7 @@ def test_who_finds_the_best_policy(method, data_path, tmp_path, monkeypatch):
 
 def test_the_conservative_term_by_hand():
     q = torch.tensor([[[[0.0, 1.0], [2.0, 0.0]]]])  # one episode of one step, two agents, two actions
-    inputs = (q, q, torch.tensor([[[0, 0]]]), torch.tensor([[5.0]]), 0.9, 0.8)
+    inputs = (q, q, torch.tensor([[[0, 0]]]), torch.tensor([[5.0]]), 0.9, 0.8, 0.0)
     gap = math.log(1 + math.e) + math.log(math.exp(2) + 1) - 2
     assert rivals.cql_loss(*inputs).item() == pytest.approx((0 + 2 - 5) ** 2 + gap)
 

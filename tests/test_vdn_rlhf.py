@@ -64,16 +64,21 @@ def test_targets_against_a_slow_sum(td_lambda):
     torch.testing.assert_close(targets[:, -1], r[:, -1])
 
 
-def test_loss_and_its_gradient_against_slow_loops():
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_loss_and_its_gradient_against_slow_loops(temperature):
     generator, (B, T, A, K) = torch.Generator().manual_seed(0), (2, 4, 3, 5)
     q, target_q = (torch.randn(B, T, A, K, generator=generator, dtype=torch.float64) for _ in range(2))
     actions, rewards = torch.randint(K, (B, T, A), generator=generator), torch.randn(B, T).double()
     q, target_q = q.requires_grad_(), target_q.requires_grad_()
-    loss = vdn_rlhf.vdn_loss(q, target_q, actions, rewards, 0.9, 0.8)
+    loss = vdn_rlhf.vdn_loss(q, target_q, actions, rewards, 0.9, 0.8, temperature)
     loss.backward()
     values, chosen, q_tot = torch.zeros(3, B, T, dtype=torch.float64)
     for b, t, i in np.ndindex(B, T, A):
-        values[b, t] += target_q[b, t, i, max(range(K), key=lambda k: q[b, t, i, k])].item()
+        numbers = q[b, t, i].tolist()
+        pi = [math.exp(x / temperature) if temperature else x == max(numbers) for x in numbers]
+        for k, p in enumerate(pi):
+            entropy = temperature and temperature * math.log(K * p / sum(pi))
+            values[b, t] += p / sum(pi) * (target_q[b, t, i, k].item() - entropy)
         chosen[b, t] += target_q[b, t, i, actions[b, t, i]].item()
         q_tot[b, t] += q[b, t, i, actions[b, t, i]].item()
     error = q_tot - q_lambda_targets(rewards, values, chosen, 0.9, 0.8)
@@ -83,6 +88,15 @@ def test_loss_and_its_gradient_against_slow_loops():
         gradient[b, t, i, actions[b, t, i]] = 2 * error[b, t] / (B * T)
     torch.testing.assert_close(q.grad, gradient)
     assert target_q.grad is None
+
+
+def test_the_kl_part_alone_is_worth_nothing_to_its_own_policy():
+    """Where f is 0, pi_w is pi_ref and its KL term 0, be it sure or not; greedy values count a bonus."""
+    q = kl_rewards(torch.tensor([3.0, 0, 0]).expand(1, 2, 1, 3), beta=2.0)
+    inputs = (q, q, torch.zeros(1, 2, 1).long(), torch.zeros(1, 2), 1.0, 0.0)
+    losses = [vdn_rlhf.vdn_loss(*inputs, temperature) for temperature in (2.0, 0.0)]
+    chosen = q[0, 0, 0, 0].item()
+    assert [x.item() for x in losses] == pytest.approx([chosen**2, chosen**2 / 2], abs=1e-4)
 
 
 def test_equations_3_and_4_against_numbers_worked_by_hand():
@@ -146,18 +160,18 @@ def open_up(monkeypatch, data_path, path, **flags) -> tuple[dict, dict]:
     return caught, inspect.getclosurevars(caught["update"]).nonlocals
 
 
-@pytest.mark.parametrize("known_kl", [True, False])
-def test_the_loss_gets_equation_3(known_kl, few_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("known_kl", "soft_values"), [(True, True), (True, False), (False, True)])
+def test_the_loss_gets_equation_3(known_kl, soft_values, few_data, tmp_path, monkeypatch):
     """Rewards with the KL part of the actions taken, always; Q-values with that of all actions where it is
     known, else none."""
-    flags = {"beta": 2.0, "known_kl": known_kl, "batch_size": 6}
+    flags = {"beta": 2.0, "known_kl": known_kl, "soft_values": soft_values, "batch_size": 6}
     caught, inside = open_up(monkeypatch, few_data, tmp_path / "vdn.pt", **flags)
     given, real_loss = [], vdn_rlhf.vdn_loss
     monkeypatch.setattr(vdn_rlhf, "vdn_loss", lambda *words: given.append(words) or real_loss(*words))
     batch = caught["batches"][0]
     online, target = (copy.deepcopy(inside[name]) for name in ("online", "target"))
     caught["update"](batch)
-    q, target_q, actions, rewards, gamma, td_lambda = given[0]
+    q, target_q, actions, rewards, *numbers = given[0]
 
     with np.load(few_data) as file:
         observations = torch.from_numpy(file["observations"])[batch][:, :-1]
@@ -171,7 +185,7 @@ def test_the_loss_gets_equation_3(known_kl, few_data, tmp_path, monkeypatch):
     for values, network in ((q, online), (target_q, target)):
         expected = network(observations)[0] + (kl if known_kl else 0)
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(actions, expected_actions) and (gamma, td_lambda) == (0.9, 0.8)
+    assert torch.equal(actions, expected_actions) and numbers == [0.9, 0.8, 2.0 if soft_values else 0.0]
 
 
 def test_the_rate_falls_along_a_cosine_and_the_target_follows_slowly(few_data, tmp_path, monkeypatch):
@@ -221,7 +235,8 @@ def test_beta_pulls_towards_the_reference(few_data, tmp_path):
     assert free < bound - 0.05 and bound > -math.log(7)
 
 
-VARIANTS = [{}, {"td_lambda": 0.0}, {"known_kl": False}, {"network": "gru", "td_lambda": 0.0}]
+VARIANTS = [{}, {"td_lambda": 0.0}, {"network": "gru", "td_lambda": 0.0}]
+VARIANTS += [{"known_kl": False, "soft_values": soft_values} for soft_values in (True, False)]
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=str)
