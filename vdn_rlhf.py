@@ -67,7 +67,7 @@ class Args:
     preset: Literal["default", "paper"] = "default"
     """paper: the values of the paper's Table 5"""
     run_name: str = ""
-    """marks the file name of a run with other settings: vdn-<run name>-beta1-alpha1-seed1.pt"""
+    """marks the file name of a run with other settings: vdn-<run name>-beta3-alpha1-seed1.pt"""
     data_path: str = ""
     """dataset, instead of runs/<game>/<dataset>/dataset.npz"""
     reward_path: str = ""
